@@ -1,0 +1,41 @@
+"""The runtime's branch of the exception tree."""
+
+from evensong.wire.errors import EvensongError
+
+
+class RuntimeFault(EvensongError):
+    """Base of what can go wrong while an artifact is loaded or run."""
+
+
+class ProgramError(RuntimeFault):
+    """The artifact is well formed but an operation's operands do not fit it: refused before anything runs."""
+
+
+class ExampleError(RuntimeFault):
+    """Examples or labels have the wrong shape, dtype or range."""
+
+
+class DivergedError(RuntimeFault):
+    """The loss or a gradient became NaN or infinite; the state is as before the step."""
+
+
+class VariableError(RuntimeFault):
+    """A variable is unknown, or its new value has the wrong shape or dtype or is not finite."""
+
+
+class CheckpointError(RuntimeFault):
+    """A checkpoint is damaged or belongs to another artifact."""
+
+
+class CompileError(EvensongError):
+    """The model cannot be compiled."""
+
+
+class UnsupportedOperation(CompileError):
+    """The model uses an operation that the runtime does not have; ``what`` names it and its place in the model."""
+
+
+class BudgetError(CompileError):
+    """The memory budget cannot be met; ``table`` lists what takes the memory."""
+
+    table: str = ""

@@ -1,0 +1,103 @@
+"""The one face of every engine: what a host may ask of a loaded artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from evensong.wire.program import Artifact, Variable
+
+Array = npt.NDArray[np.generic]
+Inputs = npt.ArrayLike | Sequence[npt.ArrayLike]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One training step: mean loss over the batch, right answers in it, and its number of examples."""
+
+    loss: float
+    correct: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and right answers over a data set. ``accuracy`` is ``correct / examples``."""
+
+    loss: float
+    correct: int
+    examples: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.examples if self.examples else float("nan")
+
+
+class Session(Protocol):
+    """A loaded artifact with its mutable state. Not safe for use from two threads at once.
+
+    Inputs take the artifact's dtypes and shapes ``[n, ...]`` (the author's layout); any ``n >= 1`` is accepted and split into the
+    program's batches, except in :meth:`train_step`, which takes at most ``max_batch`` examples and updates once.
+    Wrong shapes, dtypes or values raise :class:`ExampleError`; a loss that is not finite raises :class:`DivergedError`
+    and leaves the state as it was before the step.
+    """
+
+    artifact: Artifact
+    engine: str  #: "native" or "twin"
+
+    def predict(self, *inputs: npt.ArrayLike) -> Array:
+        """The model's output ``[n, ...]``."""
+        ...
+
+    def train_step(self, inputs: Inputs, target: npt.ArrayLike, *, learning_rate: float) -> StepResult:
+        """One optimiser step on ``1 <= n <= max_batch`` examples; ``learning_rate`` must be finite and >= 0."""
+        ...
+
+    def evaluate(self, inputs: Inputs, target: npt.ArrayLike) -> Evaluation:
+        """Loss and right answers over ``n`` examples; changes nothing."""
+        ...
+
+    @property
+    def variables(self) -> Mapping[str, Variable]:
+        """Trainable tensors and buffers, in the artifact's order."""
+        ...
+
+    def get(self, names: Iterable[str] | None = None) -> dict[str, Array]:
+        """Copies of the named variables (all by default) in the author's shapes."""
+        ...
+
+    def set(self, values: Mapping[str, npt.ArrayLike]) -> None:
+        """Replaces variables; every value is checked (name, shape, dtype, finite) before the first is written."""
+        ...
+
+    def delta(self, reference: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+        """``current - reference`` in float32 for each variable of ``reference``."""
+        ...
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """The named trainable variables are left alone by the optimiser from now on; replaces the earlier choice."""
+        ...
+
+    def reset(self, *, seed: int | None = None) -> None:
+        """Initial variables, zero optimiser state, step 0; ``seed`` (unsigned 64 bits) drives dropout."""
+        ...
+
+    def reset_optimizer(self) -> None:
+        """Zero optimiser state and step 0; variables stay."""
+        ...
+
+    def checkpoint(self) -> bytes:
+        """Variables, optimiser state, step and seed, bound to the artifact's hash; the same bytes from every engine."""
+        ...
+
+    def restore(self, checkpoint: bytes) -> None:
+        """Back to a checkpoint; damaged or foreign bytes raise :class:`CheckpointError` and change nothing."""
+        ...
+
+    def close(self) -> None:
+        """Frees the native memory; later calls raise."""
+        ...
