@@ -42,3 +42,7 @@ class UpdateError(WireError):
 
 class SignatureError(WireError):
     """A signature is missing, malformed, or not made by the expected key."""
+
+
+class UnreachableError(EvensongError):
+    """The other side did not answer: network down, deadline passed, server overloaded or draining. Try again later."""
