@@ -1,15 +1,26 @@
 """How much packing workspace a program's kernels may use: a bound that compiler and engines compute alike.
 
-The C++ engine mirrors this file in ``workspace.hpp``; a test holds the two equal.
+The C++ engine mirrors this file in ``workspace.hpp``; a test holds the two equal. The workspace holds what a matrix product
+repacks for speed, never a whole unfolded image: at most one block of patches and one block of packed weights at a time.
+
+Every need grows with the number of rows, so that a bound for ``max_batch`` examples also holds for fewer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd, prod
 
 from evensong.wire.program import Op, Tensor
 
-_M_BLOCK, _N_BLOCK, _K_BLOCK = 144, 512, 256
+PANEL = 32  #: columns of the widest panel that any instruction set packs
+DEPTH = 256  #: rows of a panel that are packed at a time where the whole depth is not needed
+DOT_ROWS = 32  #: a LINEAR with at most this many rows reads its weight in place and packs nothing
+PATCH_ELEMENTS = 24 * 1024  #: elements of one block of patches, if at least LEAST_PATCHES fit
+LEAST_PATCHES, MOST_PATCHES = 16, 256
+WEIGHT_ELEMENTS = 256 * 1024  #: elements of one block of packed weights, if at least one panel fits
+
+_F32 = 4
 
 
 def workspace_bytes(ops: Sequence[Op], tensors: Sequence[Tensor]) -> int:
@@ -18,4 +29,72 @@ def workspace_bytes(ops: Sequence[Op], tensors: Sequence[Tensor]) -> int:
 
 
 def _need(op: Op, tensors: Sequence[Tensor]) -> int:
-    raise AssertionError("replaced by the engine's author")
+    operands = [tensors[index] for index in (*op.inputs, *op.outputs)]
+    match op.name:
+        case "LINEAR":
+            x, w = operands[0], operands[1]
+            depth = w.dims[1]
+            return 0 if x.elements // depth <= DOT_ROWS else _F32 * PANEL * min(depth, DEPTH)
+        case "LINEAR_GRAD_INPUT":
+            return _F32 * PANEL * min(operands[1].dims[0], DEPTH)
+        case "LINEAR_GRAD_WEIGHT":
+            dy, dw = operands[0], tensors[op.outputs[0]]
+            return _F32 * PANEL * min(dy.elements // dw.dims[0], DEPTH)
+        case "CONV2D":
+            return _conv_need(operands[1], op.attrs, pixels=prod(tensors[op.outputs[0]].dims[:3]), itemsize=_F32)
+        case "CONV2D_GRAD_INPUT":
+            return _conv_grad_input_need(operands[1], op.attrs, pixels=prod(tensors[op.outputs[0]].dims[:3]))
+        case "CONV2D_GRAD_WEIGHT":
+            weight = tensors[op.outputs[0]]
+            depth = prod(weight.dims[1:])
+            if _depthwise(weight, op.attrs):
+                return _F32 * weight.elements
+            return _F32 * patch_elements(depth, prod(operands[0].dims[:3]))
+        case "QLINEAR":
+            depth = operands[1].dims[1]
+            return 2 * (_round_up(depth, 64) + patch_elements(depth, operands[0].elements // depth))
+        case "QCONV2D":
+            return _conv_need(operands[1], op.attrs, pixels=prod(tensors[op.outputs[0]].dims[:3]), itemsize=2)
+        case _:
+            return 0
+
+
+def patch_elements(depth: int, pixels: int) -> int:
+    """Elements of one block of patches: rows of ``depth`` elements, padded to whole panels and an odd number of cache lines."""
+    stride = _round_up(depth, PANEL) + PANEL // 2
+    return stride * min(pixels, max(LEAST_PATCHES, min(MOST_PATCHES, PATCH_ELEMENTS // stride)))
+
+
+def weight_elements(depth: int, columns: int) -> int:
+    """Elements of one block of packed weights: whole panels of ``depth`` rows."""
+    most = max(PANEL, WEIGHT_ELEMENTS // depth // PANEL * PANEL)
+    return depth * min(_round_up(columns, PANEL), most)
+
+
+def _conv_need(weight: Tensor, attrs: Sequence[int | float], *, pixels: int, itemsize: int) -> int:
+    depth = prod(weight.dims[1:])
+    if _depthwise(weight, attrs):
+        return itemsize * weight.elements
+    columns = weight.dims[0] // int(attrs[6])
+    return itemsize * (_round_up(weight_elements(depth, columns), 64) + patch_elements(depth, pixels))
+
+
+def _conv_grad_input_need(weight: Tensor, attrs: Sequence[int | float], *, pixels: int) -> int:
+    if _depthwise(weight, attrs):
+        return _F32 * weight.elements
+    stride_h, stride_w, _, _, dilation_h, dilation_w, groups = (int(a) for a in attrs)
+    # Pixels of one phase of the stride meet only every `step`-th tap of the kernel.
+    step_h, step_w = stride_h // gcd(stride_h, dilation_h), stride_w // gcd(stride_w, dilation_w)
+    taps = -(-weight.dims[1] // step_h) * -(-weight.dims[2] // step_w)
+    depth = taps * (weight.dims[0] // groups)
+    columns = weight.dims[3]
+    return _F32 * (_round_up(weight_elements(depth, columns), 64) + patch_elements(depth, pixels))
+
+
+def _depthwise(weight: Tensor, attrs: Sequence[int | float]) -> bool:
+    """One input and one output channel a group: a product per channel instead of a matrix product."""
+    return weight.dims[3] == 1 and int(attrs[6]) == weight.dims[0]
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
