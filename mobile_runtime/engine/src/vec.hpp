@@ -1,0 +1,205 @@
+// Portable vectors: GCC/Clang vector extensions, as wide as the instruction set that this file is compiled for.
+//
+// Everything lives in the namespace of the instruction set, so that the linker never merges an AVX-512 copy of a helper
+// into the baseline. Plain operators (+ * < ?:) work on these types; what they cannot say stands here.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
+#endif
+
+#if defined(__AVX512F__)
+#define EVENSONG_LANES 16
+#elif defined(__AVX2__)
+#define EVENSONG_LANES 8
+#else
+#define EVENSONG_LANES 4
+#endif
+
+#define EVENSONG_INLINE static inline __attribute__((always_inline))
+
+namespace evensong {
+namespace EVENSONG_ISA {
+
+constexpr size_t kLanes = EVENSONG_LANES;  // 32-bit lanes in a vector
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));  // two to a 32-bit lane
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));        // one to a 32-bit lane
+typedef float Floats4 __attribute__((vector_size(16)));
+
+// ------------------------------------------------------------------------------------------------- loads and stores
+
+EVENSONG_INLINE Floats splat(float x) { return x - Floats{}; }
+EVENSONG_INLINE Ints splat(int32_t x) { return x - Ints{}; }
+EVENSONG_INLINE Words splat(uint32_t x) { return x - Words{}; }
+
+template <class Vector>
+EVENSONG_INLINE Vector load_as(const void* p) {
+    Vector v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class Vector>
+EVENSONG_INLINE void store_as(void* p, Vector v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+EVENSONG_INLINE Floats load(const float* p) { return load_as<Floats>(p); }
+EVENSONG_INLINE void store(float* p, Floats v) { store_as(p, v); }
+
+EVENSONG_INLINE Ints lane_numbers() {
+#if EVENSONG_LANES == 16
+    return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif EVENSONG_LANES == 8
+    return Ints{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    return Ints{0, 1, 2, 3};
+#endif
+}
+
+// The first `count` < kLanes elements; the other lanes are zero. No byte beyond them is touched.
+EVENSONG_INLINE Floats load_partial(const float* p, size_t count) {
+#if EVENSONG_LANES == 16
+    return Floats(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+#elif EVENSONG_LANES == 8
+    return Floats(_mm256_maskload_ps(p, __m256i(lane_numbers() < splat(int32_t(count)))));
+#else
+    float lanes[kLanes] = {};
+    for (size_t i = 0; i < count; ++i) lanes[i] = p[i];
+    return load(lanes);
+#endif
+}
+
+EVENSONG_INLINE void store_partial(float* p, Floats v, size_t count) {
+#if EVENSONG_LANES == 16
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v));
+#elif EVENSONG_LANES == 8
+    _mm256_maskstore_ps(p, __m256i(lane_numbers() < splat(int32_t(count))), __m256(v));
+#else
+    for (size_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
+// `count` elements, at most kLanes of them are used.
+EVENSONG_INLINE Floats load_upto(const float* p, size_t count) {
+    return __builtin_expect(count >= kLanes, 1) ? load(p) : load_partial(p, count);
+}
+EVENSONG_INLINE void store_upto(float* p, Floats v, size_t count) {
+    if (__builtin_expect(count >= kLanes, 1)) {
+        store(p, v);
+    } else {
+        store_partial(p, v, count);
+    }
+}
+
+// Lanes from `count` on become `filler`.
+EVENSONG_INLINE Floats keep_first(Floats v, size_t count, float filler) {
+    return lane_numbers() < splat(int32_t(count < kLanes ? count : kLanes)) ? v : splat(filler);
+}
+
+// ------------------------------------------------------------------------------------------------- lane arithmetic
+
+// NaN in `a` or `b` gives b.
+EVENSONG_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
+EVENSONG_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+EVENSONG_INLINE Floats absolute(Floats v) { return Floats(Ints(v) & 0x7fffffff); }
+EVENSONG_INLINE Floats with_sign_of(Floats magnitude, Floats sign) {
+    return Floats(Ints(magnitude) | (Ints(sign) & int32_t(0x80000000)));
+}
+
+EVENSONG_INLINE Floats square_root(Floats v) {
+#if EVENSONG_LANES == 16
+    return Floats(_mm512_sqrt_ps(__m512(v)));
+#elif EVENSONG_LANES == 8
+    return Floats(_mm256_sqrt_ps(__m256(v)));
+#elif defined(__SSE2__)
+    return Floats(_mm_sqrt_ps(__m128(v)));
+#elif defined(__wasm_simd128__)
+    return Floats(wasm_f32x4_sqrt(v128_t(v)));
+#elif defined(__aarch64__)
+    return Floats(vsqrtq_f32(float32x4_t(v)));
+#else
+    for (size_t i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+    return v;
+#endif
+}
+
+// Nearest integer, ties to even, of |v| < 2^22; anything else gives an arbitrary lane but no undefined behaviour.
+constexpr float kRoundingBias = 12582912.0f;  // 1.5 * 2^23: its unit in the last place is 1
+EVENSONG_INLINE Ints round_to_int(Floats v) { return Ints(Words(v + kRoundingBias) - 0x4b400000u); }
+
+// ------------------------------------------------------------------------------------------------- across lanes
+
+template <class Four, class Vector>
+EVENSONG_INLINE Four quarter(Vector v, size_t index) {
+    return load_as<Four>(reinterpret_cast<const char*>(&v) + 16 * index);
+}
+
+// Lane i becomes the sum of lanes i, i + 4, i + 8, ...
+template <class Four, class Vector>
+EVENSONG_INLINE Four fold_to_four(Vector v) {
+    Four sum = quarter<Four>(v, 0);
+    for (size_t i = 1; i < kLanes / 4; ++i) sum += quarter<Four>(v, i);
+    return sum;
+}
+
+EVENSONG_INLINE float sum_lanes(Floats v) {
+    Floats4 s = fold_to_four<Floats4>(v);
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+EVENSONG_INLINE float max_lanes(Floats v) {
+    float best = v[0];
+    for (size_t i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+// Any lane of a comparison's result set?
+EVENSONG_INLINE bool any(Ints mask) {
+#if EVENSONG_LANES == 16
+    return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
+#elif EVENSONG_LANES == 8
+    return !_mm256_testz_si256(__m256i(mask), __m256i(mask));
+#else
+    int32_t bits = 0;
+    for (size_t i = 0; i < kLanes; ++i) bits |= mask[i];
+    return bits != 0;
+#endif
+}
+
+// A long sum of vectors: float lanes for a short stretch, then double, so that the error does not grow with the length.
+struct LongSum {
+    Floats lanes = {};
+    double total = 0;
+    uint32_t pending = 0;
+
+    __attribute__((always_inline)) void add(Floats v) {
+        lanes += v;
+        if (__builtin_expect(++pending == 32, 0)) flush();
+    }
+    __attribute__((always_inline)) double value() {
+        flush();
+        return total;
+    }
+
+  private:
+    __attribute__((always_inline)) void flush() {
+        for (size_t i = 0; i < kLanes; ++i) total += double(lanes[i]);
+        lanes = Floats{};
+        pending = 0;
+    }
+};
+
+}  // namespace EVENSONG_ISA
+}  // namespace evensong
