@@ -19,6 +19,9 @@ DOT_ROWS = 32  #: a LINEAR with at most this many rows reads its weight in place
 PATCH_ELEMENTS = 24 * 1024  #: elements of one block of patches, if at least LEAST_PATCHES fit
 LEAST_PATCHES, MOST_PATCHES = 16, 256
 WEIGHT_ELEMENTS = 256 * 1024  #: elements of one block of packed weights, if at least one panel fits
+INT8_WEIGHTS = 64 * 1024  #: weights of one packed block of an int8 product, if at least one panel fits
+INT8_ROWS = 8  #: rows of patches that the int8 product takes at a time
+INT8_SLACK = 192  #: bytes that whole vectors may run over the last row
 
 _F32 = 4
 
@@ -51,10 +54,13 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
                 return _F32 * weight.elements
             return _F32 * patch_elements(depth, prod(operands[0].dims[:3]))
         case "QLINEAR":
-            depth = operands[1].dims[1]
-            return 2 * (_round_up(depth, 64) + patch_elements(depth, operands[0].elements // depth))
+            columns, depth = operands[1].dims
+            return int8_product_bytes(depth, columns)
         case "QCONV2D":
-            return _conv_need(operands[1], op.attrs, pixels=prod(tensors[op.outputs[0]].dims[:3]), itemsize=2)
+            weight = operands[1]
+            if _depthwise(weight, op.attrs):
+                return 4 * weight.elements  # a 32-bit lane a weight
+            return int8_product_bytes(prod(weight.dims[1:]), weight.dims[0] // int(op.attrs[6]))
         case _:
             return 0
 
@@ -69,6 +75,13 @@ def weight_elements(depth: int, columns: int) -> int:
     """Elements of one block of packed weights: whole panels of ``depth`` rows."""
     most = max(PANEL, WEIGHT_ELEMENTS // depth // PANEL * PANEL)
     return depth * min(_round_up(columns, PANEL), most)
+
+
+def int8_product_bytes(depth: int, columns: int) -> int:
+    """Packed int8 weights (as int16 where the CPU cannot multiply bytes), one int32 a column, and INT8_ROWS rows of patches."""
+    padded = _round_up(depth, 4)
+    block = min(_round_up(columns, PANEL), max(PANEL, INT8_WEIGHTS // padded // PANEL * PANEL))
+    return (2 * padded + 4) * block + _round_up((2 * INT8_ROWS + 1) * padded, 64) + INT8_SLACK
 
 
 def _conv_need(weight: Tensor, attrs: Sequence[int | float], *, pixels: int, itemsize: int) -> int:
