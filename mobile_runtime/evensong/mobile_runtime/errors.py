@@ -3,7 +3,7 @@
 from evensong.wire.errors import EvensongError
 
 
-class RuntimeFault(EvensongError):
+class RuntimeFault(EvensongError):  # noqa: N818 - RuntimeError is taken, and a fault is what an engine reports
     """Base of what can go wrong while an artifact is loaded or run."""
 
 
@@ -16,7 +16,11 @@ class ExampleError(RuntimeFault):
 
 
 class DivergedError(RuntimeFault):
-    """The loss or a gradient became NaN or infinite; the state is as before the step."""
+    """The loss or a weight became NaN or infinite.
+
+    A loss that is not finite stops the step before anything has changed. A weight that is not finite shows only after its
+    update: the message then says that a checkpoint has to be restored.
+    """
 
 
 class VariableError(RuntimeFault):
@@ -31,7 +35,7 @@ class CompileError(EvensongError):
     """The model cannot be compiled."""
 
 
-class UnsupportedOperation(CompileError):
+class UnsupportedOperation(CompileError):  # noqa: N818 - says what it is
     """The model uses an operation that the runtime does not have; ``what`` names it and its place in the model."""
 
 

@@ -1,0 +1,62 @@
+"""The runtime: a compiler from PyTorch to a training program, and the engines that run it.
+
+>>> from evensong.mobile_runtime import compile, load              # doctest: +SKIP
+>>> artifact = compile(model, example_inputs, loss="cross_entropy")   # needs torch: pip install "evensong[compile]"
+>>> session = load(artifact)                                          # needs neither torch nor a compiler
+>>> session.train_step(x, y, learning_rate=0.1)
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from evensong.mobile_runtime.errors import (
+    BudgetError,
+    CheckpointError,
+    CompileError,
+    DivergedError,
+    ExampleError,
+    ProgramError,
+    RuntimeFault,
+    UnsupportedOperation,
+    VariableError,
+)
+from evensong.mobile_runtime.loading import EngineInfo, engine_info, load
+from evensong.mobile_runtime.session import Evaluation, Session, StepResult
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "CompileError",
+    "DivergedError",
+    "EngineInfo",
+    "Evaluation",
+    "ExampleError",
+    "ProgramError",
+    "RuntimeFault",
+    "Session",
+    "StepResult",
+    "UnsupportedOperation",
+    "VariableError",
+    "compile",
+    "engine_info",
+    "load",
+]
+
+_COMPILER = frozenset({"compile"})  # imported on first use: it needs torch
+
+
+def __getattr__(name: str) -> object:
+    if name not in _COMPILER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        compiler = importlib.import_module("evensong.mobile_runtime.compiler")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "torch":
+            raise
+        raise ImportError(f'{name} needs torch: pip install "evensong[compile]"') from None
+    return getattr(compiler, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
