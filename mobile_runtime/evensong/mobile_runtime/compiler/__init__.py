@@ -1,0 +1,8 @@
+"""The compiler: ``torch.nn.Module`` in, training program out. Needs torch; what it makes does not."""
+
+from __future__ import annotations
+
+from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
+from evensong.mobile_runtime.compiler.optimizer import SGD, Adam
+
+__all__ = ["SGD", "Adam", "CompiledArtifact", "compile"]

@@ -1,0 +1,278 @@
+"""The backward pass, derived ahead of time: one rule for each operation, gradients only where something is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from evensong.mobile_runtime.compiler.ir import Graph, Node, Value
+from evensong.wire.program import Activation, DType
+
+
+def differentiate(graph: Graph, gradient_of_output: Mapping[Value, Value], trainable: set[Value]) -> dict[Value, Value]:
+    """Appends the backward pass to ``graph``.
+
+    ``gradient_of_output`` maps a value to its known gradient (what a loss operation wrote); ``trainable`` holds root
+    values. Returns the gradient of each trainable value that has one.
+    """
+    backward = Backward(graph, _depends_on(graph, trainable))
+    for value, gradient in gradient_of_output.items():
+        backward.accumulate(value, gradient)
+    for node in reversed(list(graph.nodes)):
+        rule = RULES.get(node.op)
+        if rule is not None and any(backward.has(output) for output in node.outputs) and backward.any_wanted(node):
+            backward.place = node.place
+            rule(backward, node)
+    return {value: backward.gradients[value] for value in trainable if value in backward.gradients}
+
+
+@dataclass
+class Backward:
+    """The gradients known so far, by root value, while nodes are visited last to first."""
+
+    graph: Graph
+    wanted: set[Value]
+    gradients: dict[Value, Value] = field(default_factory=dict)
+    place: str = ""
+
+    def has(self, value: Value) -> bool:
+        return value.root in self.gradients
+
+    def wants(self, value: Value) -> bool:
+        """Whether something trainable lies behind ``value``."""
+        return value.root in self.wanted
+
+    def any_wanted(self, node: Node) -> bool:
+        return any(self.wants(value) for value in node.inputs)
+
+    def of(self, value: Value) -> Value:
+        """The complete gradient of ``value``, in its shape."""
+        return self.gradients[value.root].reshaped(value.dims)
+
+    def accumulate(self, value: Value, gradient: Value) -> None:
+        """Adds one contribution; a value that fans out gets their sum."""
+        root = value.root
+        gradient = gradient.reshaped(root.dims)
+        if root in self.gradients:
+            total = self.fresh(root)
+            self.graph.add("ADD", [self.gradients[root], gradient], [total], self.place)
+            gradient = total
+        self.gradients[root] = gradient
+
+    def fresh(self, value: Value) -> Value:
+        """A value to hold the gradient of ``value``."""
+        return Value(value.dims, DType.F32, batched=value.batched, name=f"gradient of {value.name}")
+
+    def emit(self, op: str, inputs: list[Value], like: Value, **attrs: int | float) -> Value:
+        """Adds a node whose one result has the shape of ``like``."""
+        result = self.fresh(like)
+        self.graph.add(op, inputs, [result], self.place, **attrs)
+        return result
+
+
+def _depends_on(graph: Graph, trainable: set[Value]) -> set[Value]:
+    wanted = set(trainable)
+    for node in graph.nodes:
+        if any(value.root in wanted for value in node.inputs):
+            wanted |= {value.root for value in node.outputs}
+    return wanted
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
+
+
+def _linear(g: Backward, node: Node) -> None:
+    _weighted(g, node, "LINEAR", {})
+
+
+def _conv2d(g: Backward, node: Node) -> None:
+    _weighted(g, node, "CONV2D", {name: value for name, value in node.attrs.items() if name != "activation"})
+
+
+def _weighted(g: Backward, node: Node, op: str, attrs: dict[str, int | float]) -> None:
+    x, w, *bias = node.inputs
+    (y,) = node.outputs
+    dy = g.of(y)
+    activation = Activation(int(node.attrs["activation"]))
+    if activation != Activation.NONE:
+        dy = g.emit("UNARY_GRAD", [dy, y], y, kind=activation)
+    b = bias[0] if bias and g.wants(bias[0]) else None
+    if g.wants(w):
+        outputs = [g.fresh(w)] + ([g.fresh(b)] if b is not None else [])
+        g.graph.add(f"{op}_GRAD_WEIGHT", [dy, x], outputs, g.place, **attrs)
+        g.accumulate(w, outputs[0])
+        if b is not None:
+            g.accumulate(b, outputs[1])
+    elif b is not None:
+        g.accumulate(b, g.emit("SUM_ROWS", [dy], b))
+    if g.wants(x):
+        g.accumulate(x, g.emit(f"{op}_GRAD_INPUT", [dy, w], x, **attrs))
+
+
+def _max_pool(g: Backward, node: Node) -> None:
+    (x,), y = node.inputs, node.outputs[0]
+    if len(node.outputs) == 1:
+        window = int(node.attrs["kernel_h"] * node.attrs["kernel_w"])
+        index = Value(
+            y.dims, DType.U8 if window <= 256 else DType.I32, batched=y.batched, name=f"index of {node.place}"
+        )
+        node.outputs.append(index)
+    g.accumulate(x, g.emit("MAX_POOL2D_GRAD", [g.of(y), node.outputs[1]], x, **node.attrs))
+
+
+def _avg_pool(g: Backward, node: Node) -> None:
+    g.accumulate(node.inputs[0], g.emit("AVG_POOL2D_GRAD", [g.of(node.outputs[0])], node.inputs[0], **node.attrs))
+
+
+def _batch_norm_train(g: Backward, node: Node) -> None:
+    x, gamma, beta, _, _ = node.inputs
+    y, mean, rstd = node.outputs
+    outputs = [g.fresh(x), g.fresh(gamma), g.fresh(beta)]
+    g.graph.add("BATCH_NORM_GRAD", [g.of(y), x, gamma, mean, rstd], outputs, g.place)
+    _accumulate_wanted(g, [x, gamma, beta], outputs)
+
+
+def _batch_norm_eval(g: Backward, node: Node) -> None:
+    x, gamma, beta, mean, var = node.inputs
+    outputs = [g.fresh(x)]
+    if g.wants(gamma) or g.wants(beta):
+        outputs += [g.fresh(gamma), g.fresh(beta)]
+    g.graph.add("BATCH_NORM_EVAL_GRAD", [g.of(node.outputs[0]), x, gamma, mean, var], outputs, g.place, **node.attrs)
+    _accumulate_wanted(g, [x, gamma, beta], outputs)
+
+
+def _layer_norm(g: Backward, node: Node) -> None:
+    x, gamma, beta = node.inputs
+    y, mean, rstd = node.outputs
+    outputs = [g.fresh(x), g.fresh(gamma), g.fresh(beta)]
+    g.graph.add("LAYER_NORM_GRAD", [g.of(y), x, gamma, mean, rstd], outputs, g.place)
+    _accumulate_wanted(g, [x, gamma, beta], outputs)
+
+
+def _accumulate_wanted(g: Backward, values: list[Value], gradients: list[Value]) -> None:
+    for value, gradient in zip(values, gradients, strict=False):
+        if g.wants(value):
+            g.accumulate(value, gradient)
+
+
+def _unary(g: Backward, node: Node) -> None:
+    (x,), (y,) = node.inputs, node.outputs
+    saved = y if Activation(int(node.attrs["kind"])).gradient_reads_output else x
+    g.accumulate(x, g.emit("UNARY_GRAD", [g.of(y), saved], x, kind=node.attrs["kind"]))
+
+
+def _add(g: Backward, node: Node) -> None:
+    a, b = node.inputs
+    dy = g.of(node.outputs[0])
+    if g.wants(a):
+        g.accumulate(a, dy)
+    if g.wants(b):
+        g.accumulate(b, _to_row(g, dy, b))
+
+
+def _sub(g: Backward, node: Node) -> None:
+    a, b = node.inputs
+    dy = g.of(node.outputs[0])
+    if g.wants(a):
+        g.accumulate(a, dy)
+    if g.wants(b):
+        row = _to_row(g, dy, b)
+        g.accumulate(b, g.emit("SCALE", [row], row, alpha=-1.0, beta=0.0))
+
+
+def _mul(g: Backward, node: Node) -> None:
+    a, b = node.inputs
+    dy = g.of(node.outputs[0])
+    if g.wants(a):
+        g.accumulate(a, g.emit("MUL", [dy, b], a))
+    if g.wants(b):
+        g.accumulate(b, _to_row(g, g.emit("MUL", [dy, a], a), b))
+
+
+def _to_row(g: Backward, gradient: Value, operand: Value) -> Value:
+    """The gradient of a second operand, which may be a row that every row of the first used."""
+    if operand.batched == gradient.batched and operand.elements == gradient.elements:
+        return gradient
+    return g.emit("SUM_ROWS", [gradient], operand)
+
+
+def _scale(g: Backward, node: Node) -> None:
+    dy = g.of(node.outputs[0])
+    x = node.inputs[0]
+    alpha = node.attrs["alpha"]
+    g.accumulate(x, dy if alpha == 1 else g.emit("SCALE", [dy], x, alpha=alpha, beta=0.0))
+
+
+def _reduce_mean(g: Backward, node: Node) -> None:
+    g.accumulate(node.inputs[0], g.emit("REDUCE_MEAN_GRAD", [g.of(node.outputs[0])], node.inputs[0], **node.attrs))
+
+
+def _spread(g: Backward, node: Node) -> None:
+    """REDUCE_MEAN_GRAD in a forward pass spreads a value: its gradient is the mean."""
+    g.accumulate(node.inputs[0], g.emit("REDUCE_MEAN", [g.of(node.outputs[0])], node.inputs[0], **node.attrs))
+
+
+def _dropout(g: Backward, node: Node) -> None:
+    y, mask = node.outputs
+    g.accumulate(node.inputs[0], g.emit("DROPOUT_GRAD", [g.of(y), mask], node.inputs[0], p=node.attrs["p"]))
+
+
+def _transpose(g: Backward, node: Node) -> None:
+    perm = [int(axis) for axis in node.attrs.values() if axis >= 0]
+    inverse = [perm.index(axis) if axis < len(perm) else -1 for axis in range(len(node.attrs))]
+    attrs = {f"perm{i}": axis for i, axis in enumerate(inverse)}
+    g.accumulate(node.inputs[0], g.emit("TRANSPOSE", [g.of(node.outputs[0])], node.inputs[0], **attrs))
+
+
+def _concat(g: Backward, node: Node) -> None:
+    dy = g.of(node.outputs[0])
+    axis, start = int(node.attrs["axis"]), 0
+    for value in node.inputs:
+        if g.wants(value):
+            g.accumulate(value, g.emit("SLICE", [dy], value, axis=axis, start=start))
+        start += value.dims[axis]
+
+
+def _slice(g: Backward, node: Node) -> None:
+    g.accumulate(node.inputs[0], g.emit("SLICE_GRAD", [g.of(node.outputs[0])], node.inputs[0], **node.attrs))
+
+
+def _copy(g: Backward, node: Node) -> None:
+    g.accumulate(node.inputs[0], g.of(node.outputs[0]).reshaped(node.inputs[0].dims))
+
+
+def _embedding(g: Backward, node: Node) -> None:
+    ids, table = node.inputs
+    g.accumulate(table, g.emit("EMBEDDING_GRAD", [g.of(node.outputs[0]), ids], table))
+
+
+def _softmax(g: Backward, node: Node) -> None:
+    (x,), (y,) = node.inputs, node.outputs
+    g.accumulate(x, g.emit(f"{node.op}_GRAD", [g.of(y), y], x))
+
+
+#: Operations without a rule (losses, quantised operations) end the backward pass.
+RULES: Mapping[str, Callable[[Backward, Node], None]] = {
+    "LINEAR": _linear,
+    "CONV2D": _conv2d,
+    "MAX_POOL2D": _max_pool,
+    "AVG_POOL2D": _avg_pool,
+    "BATCH_NORM_TRAIN": _batch_norm_train,
+    "BATCH_NORM_EVAL": _batch_norm_eval,
+    "LAYER_NORM": _layer_norm,
+    "UNARY": _unary,
+    "ADD": _add,
+    "SUB": _sub,
+    "MUL": _mul,
+    "SCALE": _scale,
+    "REDUCE_MEAN": _reduce_mean,
+    "REDUCE_MEAN_GRAD": _spread,
+    "DROPOUT": _dropout,
+    "TRANSPOSE": _transpose,
+    "CONCAT": _concat,
+    "SLICE": _slice,
+    "COPY": _copy,
+    "EMBEDDING": _embedding,
+    "SOFTMAX": _softmax,
+    "LOG_SOFTMAX": _softmax,
+}

@@ -1,0 +1,229 @@
+"""``compile``: from a PyTorch model to one artifact, in the order that the steps below have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from evensong.mobile_runtime.compiler.autodiff import differentiate
+from evensong.mobile_runtime.compiler.emit import emit
+from evensong.mobile_runtime.compiler.export import Trace, trace
+from evensong.mobile_runtime.compiler.ir import Graph, Value
+from evensong.mobile_runtime.compiler.layout import arrange
+from evensong.mobile_runtime.compiler.losses import add_loss, loss_name
+from evensong.mobile_runtime.compiler.lowering import Forward, lower
+from evensong.mobile_runtime.compiler.optimizer import SGD, Optimizer, apply_optimizer
+from evensong.mobile_runtime.compiler.passes import simplify
+from evensong.mobile_runtime.compiler.planner import Plan, plan
+from evensong.mobile_runtime.compiler.weights import Weights, trainable_names
+from evensong.mobile_runtime.errors import BudgetError, CompileError
+from evensong.mobile_runtime.memory import MemoryReport, memory_report
+from evensong.wire.artifact import artifact_hash, encode_artifact
+from evensong.wire.program import Artifact, Region
+
+COMPILER_VERSION = "1"  #: changes when the same model would give other bytes
+
+Example = npt.ArrayLike | torch.Tensor
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Example | Sequence[Example],
+    *,
+    loss: str | nn.Module = "cross_entropy",
+    trainable: Sequence[str] | str | None = None,
+    optimizer: Optimizer | None = None,
+    batch_size: int = 32,
+    predict_batch: int = 1,
+    memory_budget: int | None = None,
+    name: str = "model",
+    labels: Sequence[str] | None = None,
+) -> CompiledArtifact:
+    """Compiles ``model`` into programs that predict, evaluate and train without torch.
+
+    Args:
+        model: any module that ``torch.export`` can trace, with one result. It is not changed.
+        example_inputs: one array ``[n, ...]`` for each input, with ``n >= 1``; only shapes and dtypes count.
+        loss: ``"cross_entropy"`` (int32 labels), ``"mse"`` or ``"bce"`` (float32 targets), or the ``torch.nn`` loss.
+        trainable: what to train: None takes those with ``requires_grad``; patterns like ``["head.*"]``; ``"none"``.
+        optimizer: :class:`SGD` (the default) or :class:`Adam`; the learning rate comes with each step.
+        batch_size: the most examples of one training step.
+        predict_batch: the most examples of one prediction call.
+        memory_budget: bytes that training (without it: inference) may take in all.
+        name: what reports call the model.
+        labels: names of the classes, kept in the manifest.
+
+    Raises:
+        UnsupportedOperation: an operation that the runtime does not have, with its place in the model.
+        BudgetError: the budget cannot be met; its ``table`` lists what takes the memory.
+        CompileError: anything else that cannot be compiled.
+    """
+    _check_sizes(batch_size, predict_batch)
+    chosen_loss, optimizer = loss_name(loss), optimizer or SGD()
+    examples = _tensors(example_inputs)
+    names = trainable_names(model, trainable)
+
+    # 1. trace the model in each mode, 2. lower each trace to engine operations
+    inference = trace(model, examples, training=False)
+    weights = Weights(model, names, inference)
+    graphs: list[tuple[Graph, int]] = []
+    if names:
+        training = trace(model, examples, training=True)
+        graphs.append((_train(training, weights, chosen_loss, optimizer), batch_size))
+    graphs.append((_evaluate(inference, weights, chosen_loss), batch_size))
+    predict, description = _predict(inference, weights)
+    graphs.append((predict, predict_batch))
+
+    # 3. plan the memory, 4. write the artifact
+    planned = [(graph, plan(graph, batch), batch) for graph, batch in reversed(graphs)]
+    manifest = {
+        "format": "evensong/1",
+        "compiler": COMPILER_VERSION,
+        "name": name,
+        "task": {"loss": chosen_loss, "optimizer": {"kind": type(optimizer).__name__.lower(), **asdict(optimizer)}},
+        **description,
+        "labels": None if labels is None else list(labels),
+        "trainable": names,
+        "quantized": False,
+        "batch_size": batch_size,
+        "memory": {graph.name: _bound(planned_) for graph, planned_, _ in planned},
+    }
+    artifact = emit(planned, weights, manifest)
+    compiled = CompiledArtifact(artifact)
+    _check_budget(compiled.memory(), memory_budget)
+    return compiled
+
+
+@dataclass(frozen=True)
+class CompiledArtifact:
+    """What ``compile`` made: the artifact, its bytes and its content address."""
+
+    artifact: Artifact
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return encode_artifact(self.artifact)
+
+    def to_bytes(self) -> bytes:
+        """The artifact file; the same model gives the same bytes."""
+        return self._bytes
+
+    @property
+    def hash(self) -> str:
+        """Lower-case hex SHA-256 of the bytes."""
+        return artifact_hash(self._bytes)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the artifact file and returns its path."""
+        target = Path(path)
+        target.write_bytes(self._bytes)
+        return target
+
+    def memory(self) -> MemoryReport:
+        """What a device needs, known before anything runs."""
+        return memory_report(self.artifact)
+
+    def explain(self) -> str:
+        """The largest tensors alive where each program needs the most memory."""
+        return self.memory().explain()
+
+
+# ------------------------------------------------------------------------------------------------------------- programs
+
+
+def _train(traced: Trace, weights: Weights, loss: str, optimizer: Optimizer) -> Graph:
+    forward = lower(traced, weights, "train")
+    graph = forward.graph
+    trainable = {weights.view(name).value for name in weights.trainable}
+    behind = _reached(graph, trainable)
+    _finish(forward, lambda value: value.root in behind)
+    seeds = add_loss(graph, forward.output, loss, gradient=True)
+    gradients = differentiate(graph, seeds, trainable)
+    apply_optimizer(graph, gradients, weights.variables, optimizer)
+    return graph
+
+
+def _evaluate(traced: Trace, weights: Weights, loss: str) -> Graph:
+    forward = lower(traced, weights, "evaluate")
+    _finish(forward, lambda value: False)
+    add_loss(forward.graph, forward.output, loss, gradient=False)
+    return forward.graph
+
+
+def _predict(traced: Trace, weights: Weights) -> tuple[Graph, dict[str, object]]:
+    """The predict program, and the manifest's description of its ports."""
+    forward = lower(traced, weights, "predict")
+    _finish(forward, lambda value: False)
+    graph, view = forward.graph, forward.output
+    if view.batch_axis != 0:
+        raise CompileError("the model's result must have the batch first")
+    value = arrange(graph, view, range(len(view.shape)), "output")
+    if value.root not in graph.producers():
+        copy = value.like(name="output")
+        graph.add("COPY", [value], [copy], "output")
+        value = copy
+    value.root.region = Region.OUTPUT
+    graph.outputs["output"] = value
+    inputs = [_describe(port, port_value) for port, port_value in graph.inputs.items()]
+    return graph, {"inputs": inputs, "output": _describe("output", value)}
+
+
+def _finish(forward: Forward, trained: Callable[[Value], bool]) -> None:
+    """Simplifies the forward pass; its result may become another value."""
+    graph, view = forward.graph, forward.output
+    graph.outputs["output"] = view.value
+    simplify(graph, trained)
+    forward.output = replace(view, value=graph.outputs.pop("output"))
+
+
+def _reached(graph: Graph, trainable: set[Value]) -> set[Value]:
+    """Root values that depend on something trainable."""
+    reached = set(trainable)
+    for node in graph.nodes:
+        if any(value.root in reached for value in node.inputs):
+            reached |= {value.root for value in node.outputs}
+    return reached
+
+
+def _describe(port: str, value: Value) -> dict[str, object]:
+    return {"name": port, "dtype": value.dtype.name.lower(), "shape": list(value.dims[1:])}
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _tensors(example_inputs: Any) -> list[torch.Tensor]:
+    several = isinstance(example_inputs, (list, tuple)) and any(hasattr(item, "shape") for item in example_inputs)
+    examples = list(example_inputs) if several else [example_inputs]
+    return [item if isinstance(item, torch.Tensor) else torch.as_tensor(item) for item in examples]
+
+
+def _check_sizes(batch_size: int, predict_batch: int) -> None:
+    for what, size in (("batch_size", batch_size), ("predict_batch", predict_batch)):
+        if not 1 <= size <= 1 << 20:
+            raise CompileError(f"{what} is out of range", expected="1 to 1048576", got=size)
+
+
+def _bound(planned: Plan) -> dict[str, int]:
+    return {"arena": planned.arena_bytes, "lower_bound": planned.lower_bound}
+
+
+def _check_budget(report: MemoryReport, budget: int | None) -> None:
+    if budget is None or report.peak <= budget:
+        return
+    table = f"{report}\n\n{report.explain()}"
+    error = BudgetError(
+        f"the model {'trains' if report.training_peak else 'runs'} in {report.peak:,} bytes",
+        expected=f"at most {budget:,}",
+        fix=f"Lower batch_size, train fewer parameters, or raise the budget.\n{table}",
+    )
+    error.table = table
+    raise error

@@ -1,0 +1,108 @@
+"""The model's persistent tensors: which are trained, in which layout each is kept, and their initial content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from torch import nn
+
+from evensong.mobile_runtime.compiler.export import Trace
+from evensong.mobile_runtime.compiler.ir import Data, Value
+from evensong.mobile_runtime.compiler.layout import View
+from evensong.mobile_runtime.errors import CompileError
+from evensong.wire.program import DType, Region, VariableFlag
+
+_CHANNELS_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}
+_CONVOLUTIONS = ("aten.conv1d.default", "aten.conv1d.padding", "aten.conv2d.default", "aten.conv2d.padding")
+_MATMULS = ("aten.matmul.default", "aten.mm.default")
+
+
+class Weights:
+    """Parameters, buffers and constants by name; every program of an artifact shares these values."""
+
+    def __init__(self, model: nn.Module, trainable: Iterable[str], trace: Trace) -> None:
+        self.trainable = frozenset(trainable)
+        self.flags: dict[Value, VariableFlag] = {}
+        self.order: dict[Value, tuple[int, ...]] = {}
+        self._tensors = {**trace.constants, **dict(model.named_buffers()), **dict(model.named_parameters())}
+        self._orders = _first_orders(trace)
+        self._views: dict[str, View] = {}
+
+    def view(self, name: str) -> View:
+        """The author's view of a persistent tensor: STATE if it is trainable, else CONST."""
+        if name not in self._views:
+            data = self.array(name)
+            order = self._orders.get(name, tuple(range(data.ndim)))
+            region = Region.STATE if name in self.trainable else Region.CONST
+            content = np.ascontiguousarray(data.transpose(order))
+            dtype = DType.I32 if data.dtype == np.int32 else DType.F32
+            value = Value(tuple(content.shape), dtype, region, name=name, data=content)
+            self._views[name] = View(value, data.shape, order)
+            self.order[value] = order
+            if region == Region.STATE:
+                self.flags[value] = VariableFlag.TRAINABLE
+        return self._views[name]
+
+    def make_buffer(self, name: str) -> None:
+        """From now on ``name`` is a running statistic: it changes in training, though no optimiser updates it."""
+        value = self.view(name).value
+        value.region = Region.STATE
+        self.flags[value] = VariableFlag.BUFFER
+
+    def array(self, name: str) -> Data:
+        """The author's tensor as a float32 or int32 array."""
+        tensor = self._tensors[name].detach().cpu()
+        if tensor.dtype in (torch.int64, torch.int32, torch.bool):
+            return tensor.numpy().astype(np.int32)
+        if not tensor.dtype.is_floating_point:
+            raise CompileError(
+                f"{name} has a dtype that the runtime does not know", expected="float32", got=str(tensor.dtype)
+            )
+        data = tensor.to(torch.float32).numpy()
+        if not np.isfinite(data).all():
+            raise CompileError(f"{name} is not finite", fix="Initialise the model before compiling it.")
+        return data.copy()
+
+    @property
+    def variables(self) -> list[Value]:
+        """The STATE values in use, in the order of the state dict."""
+        used = {view.value for view in self._views.values() if view.value.region == Region.STATE}
+        return [
+            self._views[name].value for name in self._tensors if name in self._views and self._views[name].value in used
+        ]
+
+
+def trainable_names(model: nn.Module, trainable: Sequence[str] | str | None) -> list[str]:
+    """Names of the parameters that ``trainable`` selects: None takes those with ``requires_grad``, "none" takes none.
+
+    Raises :class:`CompileError` for a pattern that matches nothing.
+    """
+    parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+    if trainable is None:
+        return [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if trainable == "none":
+        return []
+    patterns = [trainable] if isinstance(trainable, str) else list(trainable)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise CompileError(f"no parameter matches {pattern!r}", expected=f"one of {', '.join(parameters)}")
+    return [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _first_orders(trace: Trace) -> dict[str, tuple[int, ...]]:
+    """The layout that each tensor's first use wants, so that convolution weights need no transpose on the device."""
+    orders: dict[str, tuple[int, ...]] = {}
+    for placeholder in trace.nodes:
+        name = trace.persistent.get(placeholder.name) if placeholder.op == "placeholder" else None
+        for user in placeholder.users if name else ():
+            rank = placeholder.meta["val"].dim()
+            at = [index for index, arg in enumerate(user.args) if arg is placeholder]
+            if str(user.target) in _CONVOLUTIONS and at == [1]:
+                orders[str(name)] = _CHANNELS_LAST[rank]
+            elif str(user.target) in _MATMULS and at == [1] and rank == 2:
+                orders[str(name)] = (1, 0)
+            break
+    return orders
