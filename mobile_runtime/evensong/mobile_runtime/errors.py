@@ -16,10 +16,10 @@ class ExampleError(RuntimeFault):
 
 
 class DivergedError(RuntimeFault):
-    """The loss or a weight became NaN or infinite.
+    """The loss, a gradient or a weight became NaN or infinite.
 
-    A loss that is not finite stops the step before anything has changed. A weight that is not finite shows only after its
-    update: the message then says that a checkpoint has to be restored.
+    A loss or gradient stops the step before anything has changed. A weight that left float32's range shows only after
+    its update: the message then says that a checkpoint has to be restored.
     """
 
 

@@ -46,7 +46,6 @@ class HostSession:
         }
         self._variables = MappingProxyType({variable.name: variable for variable in artifact.variables})
         self._views = {v.name: _view(v, machine.state) for v in artifact.variables}  # author's layout, live
-        self._buffers = [self._views[v.name] for v in artifact.variables if v.flags & VariableFlag.BUFFER]
         self._step = 0
         self._seed = _checked_seed(seed)
         # The short path of predict: one float32 input, at most one batch.
@@ -85,8 +84,6 @@ class HostSession:
                 fix="Call train_step once per batch, or compile with a larger batch size.",
             )
         loss, correct = runner.loss_outputs
-        buffers = [buffer.copy() for buffer in self._buffers]  # running statistics change before the loss is known
-        loss[0] = 0.0
         try:
             runner.run(
                 runner.index,
@@ -97,21 +94,8 @@ class HostSession:
                 step=self._step + 1,
                 seed=self._seed,
             )
-        except DivergedError:
-            if math.isfinite(loss[0]):
-                raise DivergedError(
-                    "a weight is not finite after its update",
-                    fix="Restore a checkpoint from before the step and lower the learning rate.",
-                ) from None
-            self._restore_buffers(buffers)
-            raise DivergedError(
-                "the loss is not finite; nothing was changed",
-                got=float(loss[0]),
-                fix="Lower the learning rate or look at the examples.",
-            ) from None
-        except RuntimeFault:
-            self._restore_buffers(buffers)
-            raise
+        except DivergedError as error:
+            raise self._explained(error) from None
         self._step += 1
         return StepResult(float(loss[0]), int(correct[0]), examples)
 
@@ -202,7 +186,6 @@ class HostSession:
         self._fast = None
         self._programs.clear()
         self._views.clear()  # they point into the machine's memory
-        self._buffers.clear()
         machine, self._machine = self._machine, None
         machine.close()
 
@@ -254,9 +237,18 @@ class HostSession:
             raise VariableError(f"{name!r} has the wrong dtype", expected=view.dtype, got=array.dtype)
         return array
 
-    def _restore_buffers(self, saved: Sequence[Array]) -> None:
-        for buffer, value in zip(self._buffers, saved, strict=True):
-            buffer[...] = value
+    def _explained(self, error: DivergedError) -> DivergedError:
+        """Engines stop before the first update, unless a finite gradient pushes a weight out of float32's range."""
+        if all(np.isfinite(view).all() for view in self._views.values() if view.dtype == _F32):
+            return DivergedError(
+                "the loss or a gradient is not finite; nothing was changed",
+                got=error.got,
+                fix="Lower the learning rate, or look at the examples.",
+            )
+        return DivergedError(
+            "a weight is not finite after its update",
+            fix="Restore a checkpoint from before the step, and lower the learning rate.",
+        )
 
 
 class _Runner:

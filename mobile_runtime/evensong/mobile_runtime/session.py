@@ -41,12 +41,13 @@ class Session(Protocol):
     """A loaded artifact with its mutable state. Not safe for use from two threads at once.
 
     Inputs take the artifact's shapes ``[n, ...]`` (the author's layout); any ``n >= 1`` is accepted and split into the
-    program's batches, except in :meth:`train_step`, which takes at most ``max_batch`` examples and updates once. A float32
-    input takes any float or integer type except uint8 (pixels have to be scaled first); an integer input or a label takes
-    integers in range. Wrong shapes, dtypes or values raise :class:`ExampleError`.
+    program's batches, except in :meth:`train_step`, which takes at most ``max_batch`` examples and updates once. A
+    float32 input takes any float or integer type except uint8 (pixels have to be scaled first); an integer input or a
+    label takes integers in range. Wrong shapes, dtypes or values raise :class:`ExampleError`.
 
-    A loss that is not finite raises :class:`DivergedError` and leaves the state as it was before the step. A weight that
-    is not finite after its update raises it too: the state is then spoilt, and a checkpoint has to be restored.
+    A loss or gradient that is not finite raises :class:`DivergedError` and leaves the state as it was before the step.
+    A weight that a finite gradient pushes out of float32's range raises it too: the state is then spoilt, the message
+    says so, and a checkpoint has to be restored.
     """
 
     @property

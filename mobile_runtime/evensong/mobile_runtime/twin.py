@@ -8,10 +8,11 @@ memory planner gives wrong numbers here as it would on a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 
-from evensong.mobile_runtime import (
+from evensong.mobile_runtime import (  # one module a family of operations
     twin_ops_conv,
     twin_ops_elementwise,
     twin_ops_int8,
@@ -22,9 +23,11 @@ from evensong.mobile_runtime import (
     twin_ops_optimizer,
     twin_ops_pool,
 )
-from evensong.mobile_runtime.twin_call import Array, Call, Kernel
+from evensong.mobile_runtime.errors import DivergedError, RuntimeFault
+from evensong.mobile_runtime.twin_call import Array, Call, Clock, Kernel
 from evensong.mobile_runtime.verify import verify
-from evensong.wire.program import OPS, Artifact, Op, Program, Region, Tensor
+from evensong.mobile_runtime.verify_rules import OPTIMIZERS
+from evensong.wire.program import OPS, Artifact, Op, Program, Region, Tensor, VariableFlag
 
 KERNELS: dict[str, Kernel] = {
     **twin_ops_linear.KERNELS,
@@ -56,6 +59,9 @@ class TwinMachine:
             Region.SLOTS: self.slots,
             Region.ARENA: np.zeros(arena_bytes, np.uint8),
         }
+        self._statistics = [
+            self.state[v.offset : v.offset + v.nbytes] for v in artifact.variables if v.flags == VariableFlag.BUFFER
+        ]
         self._frozen: frozenset[int] = frozenset()  # offsets in STATE
 
     def freeze(self, variables: Sequence[int]) -> None:
@@ -77,10 +83,30 @@ class TwinMachine:
     ) -> None:
         code = self._artifact.programs[program]
         tensors = [self._view(tensor, code, batch, inputs, outputs) for tensor in code.tensors]
-        with np.errstate(all="ignore"):  # what is not finite is caught where it matters: at the loss and at the weights
-            for op in code.ops:
-                if not self._is_frozen(op, code):
-                    _execute(op, code, tensors, learning_rate, step, seed)
+        statistics = [view.copy() for view in self._statistics]  # training changes them before the loss is known
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is caught at the loss, the gradients and the weights
+                self._run_operations(code, tensors, Clock(learning_rate, step, seed))
+        except RuntimeFault:
+            for view, value in zip(self._statistics, statistics, strict=True):
+                view[...] = value
+            raise
+
+    def _run_operations(self, program: Program, tensors: Sequence[Array], clock: Clock) -> None:
+        updating = False
+        for index, op in enumerate(program.ops):
+            optimizer = op.name in OPTIMIZERS
+            if optimizer and not updating:
+                self._check_gradients(program, index, tensors)
+            updating = optimizer
+            if not (optimizer and self._is_frozen(op, program)):
+                _execute(op, program, tensors, clock)
+
+    def _check_gradients(self, program: Program, first: int, tensors: Sequence[Array]) -> None:
+        """The gradients of all updates that follow one another, before the first of them changes anything."""
+        for op in takewhile(lambda op: op.name in OPTIMIZERS, program.ops[first:]):
+            if not self._is_frozen(op, program) and not np.isfinite(tensors[op.inputs[1]]).all():
+                raise DivergedError("a gradient is not finite")
 
     def _view(
         self, tensor: Tensor, program: Program, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
@@ -98,21 +124,16 @@ class TwinMachine:
         return whole[: shape[0]] if tensor.batched else whole
 
     def _is_frozen(self, op: Op, program: Program) -> bool:
-        if op.name not in twin_ops_optimizer.KERNELS:
-            return False
-        weight = program.tensors[op.inputs[0]]
-        return weight.region == Region.STATE and weight.offset in self._frozen
+        return program.tensors[op.inputs[0]].offset in self._frozen
 
 
-def _execute(op: Op, program: Program, tensors: Sequence[Array], learning_rate: float, step: int, seed: int) -> None:
+def _execute(op: Op, program: Program, tensors: Sequence[Array], clock: Clock) -> None:
     outputs = [tensors[index] for index in op.outputs]
     call = Call(
         shapes=tuple(output.shape for output in outputs),
         inputs=tuple(program.tensors[index] for index in op.inputs),
         outputs=tuple(program.tensors[index] for index in op.outputs),
-        learning_rate=learning_rate,
-        step=step,
-        seed=seed,
+        clock=clock,
     )
     names = (attr.partition(":")[0] for attr in OPS[op.name].attrs)
     attributes = dict(zip(names, op.attrs, strict=True))

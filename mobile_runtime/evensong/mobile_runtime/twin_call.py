@@ -20,15 +20,22 @@ Kernel = Callable[..., "Array | tuple[Array, ...] | None"]
 
 
 @dataclass(frozen=True)
+class Clock:
+    """What one run of a program shares between its operations."""
+
+    learning_rate: float
+    step: int  #: from 1
+    seed: int
+
+
+@dataclass(frozen=True)
 class Call:
     """One operation of one run. Shapes are live: dimension 0 of a batched tensor is scaled to the run's batch."""
 
     shapes: tuple[tuple[int, ...], ...]  #: of the outputs
     inputs: tuple[Tensor, ...]  #: declarations, for scale and zero point
     outputs: tuple[Tensor, ...]
-    learning_rate: float
-    step: int  #: from 1
-    seed: int
+    clock: Clock
 
 
 def rows(x: Array) -> Array:

@@ -111,7 +111,7 @@ def reduce_mean_grad(call: Call, dy: Array, *, axis_size: int, inner_size: int) 
 
 
 def dropout(call: Call, x: Array, *, p: float, stream: int) -> tuple[Array, Array]:
-    keep = uniform(x.size, call.seed, call.step, stream).reshape(x.shape) >= np.float32(p)
+    keep = uniform(x.size, call.clock.seed, call.clock.step, stream).reshape(x.shape) >= np.float32(p)
     return np.where(keep, x / keep_probability(p), np.float32(0)), keep.astype(np.uint8)
 
 

@@ -17,7 +17,7 @@ def sgd(
     if v is not None:
         v[...] = np.float32(momentum) * v + g
         g = g + np.float32(momentum) * v if nesterov else v
-    w -= np.float32(call.learning_rate) * g
+    w -= np.float32(call.clock.learning_rate) * g
     check_finite(w)
 
 
@@ -35,13 +35,13 @@ def adam(
     decoupled: int,
 ) -> None:
     if decoupled:
-        w *= np.float32(1 - call.learning_rate * weight_decay)
+        w *= np.float32(1 - call.clock.learning_rate * weight_decay)
     else:
         g = g + np.float32(weight_decay) * w
     m[...] = np.float32(beta1) * m + np.float32(1 - beta1) * g
     v[...] = np.float32(beta2) * v + np.float32(1 - beta2) * g * g
-    step_size = call.learning_rate / (1 - beta1**call.step)
-    root = np.sqrt(v) / np.float32(math.sqrt(1 - beta2**call.step))
+    step_size = call.clock.learning_rate / (1 - beta1**call.clock.step)
+    root = np.sqrt(v) / np.float32(math.sqrt(1 - beta2**call.clock.step))
     w -= np.float32(step_size) * m / (root + np.float32(eps))
     check_finite(w)
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from evensong.mobile_runtime.twin_call import Array
+
+Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -27,55 +28,41 @@ class Windows:
 
     def gather(self, x: Array, fill: float) -> Array:
         """``[N, OH, OW, KH, KW, C]``, with ``fill`` where a window reaches into the padding."""
-        padded = np.full(self._padded_shape, fill, x.dtype)
-        inside, source = self._overlap()
-        padded[inside] = x[source]
-        extents = tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
-        (sh, sw), (dh, dw) = self.stride, self.dilation
-        windows = sliding_window_view(padded, extents, axis=(1, 2))[:, ::sh, ::sw, :, ::dh, ::dw]
-        return np.moveaxis(windows, 3, 5)
+        windows = np.full((self.image[0], *self.out[1:3], *self.kernel, self.image[3]), fill, x.dtype)
+        for kh, kw, place, source in self._places():
+            windows[..., kh, kw, :][place] = x[source]
+        return windows
 
     def scatter(self, windows: Array) -> Array:
         """The adjoint of :meth:`gather`: adds ``[N, OH, OW, KH, KW, C]`` up into ``[N, H, W, C]``."""
-        padded = np.zeros(self._padded_shape, windows.dtype)
-        for kh, kw, place in self._places():
-            padded[place] += windows[:, :, :, kh, kw]
-        inside, source = self._overlap()
         x = np.zeros(self.image, windows.dtype)
-        x[source] = padded[inside]
+        for kh, kw, place, source in self._places():
+            x[source] += windows[..., kh, kw, :][place]
         return x
 
     def real(self) -> Array:
-        """``[1, OH, OW, KH, KW, 1]``: whether the place is in the image and not in the padding."""
-        once = Windows(self.kernel, self.stride, self.pad, self.dilation, (1, *self.image[1:3], 1), self.out)
-        return once.gather(np.ones(once.image, np.bool_), False)
+        """``[1, OH, OW, KH, KW, 1]``: whether the place lies in the image and not in the padding."""
+        one = Windows(self.kernel, self.stride, self.pad, self.dilation, (1, *self.image[1:3], 1), self.out)
+        return one.gather(np.ones(one.image, np.bool_), False)
 
-    @property
-    def _padded_shape(self) -> tuple[int, ...]:
-        n, *_, c = self.image
-        height, width = (
-            (o - 1) * s + (k - 1) * d + 1
-            for o, s, k, d in zip(self.out[1:3], self.stride, self.kernel, self.dilation, strict=True)
-        )
-        return n, height, width, c
-
-    def _overlap(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """The part that padded image and image share, as slices of each."""
-        sizes = [
-            max(0, min(size, extent - pad))
-            for size, extent, pad in zip(self.image[1:3], self._padded_shape[1:3], self.pad, strict=True)
-        ]
-        inside = tuple(slice(pad, pad + size) for pad, size in zip(self.pad, sizes, strict=True))
-        return (slice(None), *inside), (slice(None), *(slice(size) for size in sizes))
-
-    def _places(self) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
-        """For each place of the kernel, the positions of the padded image that it meets."""
+    def _places(self) -> Iterator[tuple[int, int, Slices, Slices]]:
+        """For each place of the kernel: the windows in which it meets the image, and what it meets there."""
         for kh in range(self.kernel[0]):
+            down, rows = self._meet(0, kh)
             for kw in range(self.kernel[1]):
-                top, left = kh * self.dilation[0], kw * self.dilation[1]
-                down = slice(top, top + (self.out[1] - 1) * self.stride[0] + 1, self.stride[0])
-                across = slice(left, left + (self.out[2] - 1) * self.stride[1] + 1, self.stride[1])
-                yield kh, kw, (slice(None), down, across)
+                across, columns = self._meet(1, kw)
+                yield kh, kw, (slice(None), down, across), (slice(None), rows, columns)
+
+    def _meet(self, axis: int, place: int) -> tuple[slice, slice]:
+        """Windows ``first`` to ``last`` read position ``window * stride + shift`` of the image along ``axis``."""
+        stride, size = self.stride[axis], self.image[1 + axis]
+        shift = place * self.dilation[axis] - self.pad[axis]
+        first = max(0, -(shift // stride))
+        last = min(self.out[1 + axis] - 1, (size - 1 - shift) // stride)
+        if last < first:
+            return slice(0), slice(0)
+        start = first * stride + shift
+        return slice(first, last + 1), slice(start, last * stride + shift + 1, stride)
 
 
 def conv_windows(

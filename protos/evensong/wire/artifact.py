@@ -1,7 +1,7 @@
 """Artifacts to bytes and back. The format is told byte by byte in ``docs/artifact.md``.
 
-Reading is strict: the bytes are hostile until the frame, the checksum and every structural rule hold. What remains to be
-checked (operand shapes of each operation) is checked by whoever runs the program, before the first kernel runs.
+Reading is strict: the bytes are hostile until the frame, the checksum and every structural rule hold. What remains to
+be checked (operand shapes of each operation) is checked by whoever runs the program, before the first kernel runs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MAGIC = b"EVSG"
 VERSION = (1, 0)
 HEADER_BYTES = 64
 MAX_ARTIFACT_BYTES = 1 << 31
+MOST_PROGRAMS, MOST_VARIABLES, MOST_TENSORS, MOST_OPS = 32, 1 << 14, 1 << 18, 1 << 16  # each program's own
 
 _HEADER = struct.Struct("<4sHHQII")  # magic, major, minor, file bytes, CRC32C of all after the header, sections
 _SECTION = struct.Struct("<IIQQ")  # kind, zero, offset, bytes
@@ -53,7 +54,7 @@ def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-# ---------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------------- writing
 
 
 def encode_artifact(artifact: Artifact) -> bytes:
@@ -77,9 +78,7 @@ def encode_artifact(artifact: Artifact) -> bytes:
         body += data
     table += bytes(start - HEADER_BYTES - len(table))
     checked = bytes(table + body)
-    header = _HEADER.pack(
-        MAGIC, *VERSION, HEADER_BYTES + len(checked), google_crc32c.value(checked), len(sections)
-    )
+    header = _HEADER.pack(MAGIC, *VERSION, HEADER_BYTES + len(checked), google_crc32c.value(checked), len(sections))
     return header + bytes(HEADER_BYTES - len(header)) + checked
 
 
@@ -111,7 +110,7 @@ def _encode_program(program: Program) -> bytes:
     return bytes(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------- reading
 
 
 def decode_artifact(data: bytes) -> Artifact:
@@ -130,7 +129,7 @@ def decode_artifact(data: bytes) -> Artifact:
     variables, slot_bytes = _read_variables(sections[_VARIABLES], len(state))
     cursor = Cursor(sections[_PROGRAMS], "the programs section")
     limits = {Region.CONST: len(const), Region.STATE: len(state), Region.SLOTS: slot_bytes}
-    programs = tuple(_read_program(cursor, limits) for _ in range(_count(cursor, cursor.u32(), 32)))
+    programs = tuple(_read_program(cursor, limits) for _ in range(_count(cursor, cursor.u32(), 32, MOST_PROGRAMS)))
     cursor.end()
     if len({p.name for p in programs}) != len(programs):
         raise ArtifactError("two programs share a name", got=[p.name for p in programs])
@@ -159,25 +158,27 @@ def _read_sections(data: bytes) -> dict[int, memoryview]:
         raise CorruptError(
             "the artifact is damaged", expected=f"CRC32C {checksum:08x}", got=f"{actual:08x}", fix="Fetch it again."
         )
-    entries: list[tuple[int, int, int]] = []
-    for _ in range(_count(cursor, count, _SECTION.size)):
+    sections: dict[int, memoryview] = {}
+    last_kind, free_from = 0, HEADER_BYTES + _count(cursor, count, _SECTION.size) * _SECTION.size
+    for _ in range(count):
         kind, zero, offset, length = _SECTION.unpack(cursor.take(_SECTION.size))
-        if zero or offset % ALIGNMENT or offset > size or length > size - offset:
-            raise CorruptError(f"section {kind} lies outside the artifact", got=f"{offset}+{length} of {size}")
-        entries.append((offset, length, kind))
-    entries.sort()
-    if any(a[0] + a[1] > b[0] for a, b in pairwise(entries)) or (entries and entries[0][0] < cursor.offset):
-        raise CorruptError("sections overlap")
-    sections = {kind: memoryview(data)[offset : offset + length] for offset, length, kind in entries}
-    if len(sections) != len(entries) or any(kind not in sections for kind in _REQUIRED):
-        raise CorruptError("a section is missing or stands twice", got=sorted(kind for _, _, kind in entries))
+        if zero or offset % ALIGNMENT or not free_from <= offset <= size or length > size - offset or kind <= last_kind:
+            raise CorruptError(
+                f"section {kind} is out of place or lies outside the artifact", got=f"{offset}+{length} of {size}"
+            )
+        sections[kind] = memoryview(data)[offset : offset + length]
+        last_kind, free_from = kind, offset + length
+    if missing := [kind for kind in _REQUIRED if kind not in sections]:
+        raise CorruptError("a section is missing", expected=list(_REQUIRED), got=f"none of kind {missing}")
     return sections
 
 
-def _count(cursor: Cursor, count: int, least_bytes: int) -> int:
-    """``count`` records of at least ``least_bytes`` each must fit in what is left: no hostile count allocates memory."""
-    if count * least_bytes > cursor.remaining:
-        raise CorruptError(f"a count of {count} cannot fit", expected=f"at most {cursor.remaining // least_bytes}")
+def _count(cursor: Cursor, count: int, least_bytes: int, most: int = 1 << 32) -> int:
+    """``count`` records of at least ``least_bytes`` must fit in what is left: no hostile count allocates memory."""
+    if count * least_bytes > cursor.remaining or count > most:
+        raise CorruptError(
+            f"a count of {count} cannot fit", expected=f"at most {min(most, cursor.remaining // least_bytes)}"
+        )
     return count
 
 
@@ -187,7 +188,7 @@ def _read_variables(section: memoryview, state_bytes: int) -> tuple[tuple[Variab
     if declared_state != state_bytes or slot_bytes > MAX_ARTIFACT_BYTES:
         raise ArtifactError("the state's size is wrong", expected=state_bytes, got=declared_state)
     variables: list[Variable] = []
-    for _ in range(_count(cursor, count, 16)):
+    for _ in range(_count(cursor, count, 15, MOST_VARIABLES)):
         name = cursor.name()
         dtype, flags, rank, zero = (cursor.u8() for _ in range(4))
         if zero or rank > MAX_RANK or flags not in (1, 2):
@@ -197,12 +198,12 @@ def _read_variables(section: memoryview, state_bytes: int) -> tuple[tuple[Variab
         variable = Variable(name, _dtype(dtype), dims, perm, cursor.u64(), VariableFlag(flags))
         if sorted(perm) != list(range(rank)):
             raise ArtifactError(f"variable {name!r} has a bad permutation", got=perm)
-        _check_place(f"variable {name!r}", dims, variable.dtype, variable.offset, state_bytes)
+        _check_place(f"variable {name!r}", variable.nbytes, variable.offset, state_bytes)
         variables.append(variable)
     cursor.end()
     if len({v.name for v in variables}) != count:
         raise ArtifactError("two variables share a name")
-    spans = sorted((v.offset, v.offset + _nbytes(v.dims, v.dtype)) for v in variables)
+    spans = sorted((v.offset, v.offset + v.nbytes) for v in variables)
     if any(a[1] > b[0] for a, b in pairwise(spans)):
         raise ArtifactError("two variables share memory")
     return tuple(variables), slot_bytes
@@ -213,21 +214,24 @@ def _read_program(cursor: Cursor, persistent: dict[Region, int]) -> Program:
     max_batch, arena_bytes, workspace_bytes = cursor.u32(), cursor.u64(), cursor.u64()
     if not 1 <= max_batch <= 1 << 20 or max(arena_bytes, workspace_bytes) > MAX_ARTIFACT_BYTES:
         raise ArtifactError(f"program {name!r} has a bad size", got=(max_batch, arena_bytes, workspace_bytes))
-    ports: list[list[Port]] = []
-    for _ in range(2):
-        ports.append([Port(cursor.name(), cursor.u32()) for _ in range(cursor.u8())])
-    inputs, outputs = tuple(ports[0]), tuple(ports[1])
+    inputs, outputs = (tuple(Port(cursor.name(), cursor.u32()) for _ in range(cursor.u8())) for _ in range(2))
     limits = {**persistent, Region.ARENA: arena_bytes}
     tensors = tuple(
         _read_tensor(cursor, name, max_batch, limits, len(inputs), len(outputs))
-        for _ in range(_count(cursor, cursor.u32(), 20))
+        for _ in range(_count(cursor, cursor.u32(), 20, MOST_TENSORS))
     )
     for region, side in ((Region.INPUT, inputs), (Region.OUTPUT, outputs)):
         for index, port in enumerate(side):
             at = tensors[port.tensor] if port.tensor < len(tensors) else None
             if at is None or at.region != region or at.offset != index:
                 raise ArtifactError(f"port {port.name!r} of {name!r} does not name its own tensor", got=port.tensor)
-    ops = tuple(_read_op(cursor, name, len(tensors)) for _ in range(_count(cursor, cursor.u32(), 6)))
+    for tensor in tensors:  # another view of a port has exactly the port's bytes, whatever the batch
+        if tensor.region in (Region.INPUT, Region.OUTPUT):
+            side = inputs if tensor.region == Region.INPUT else outputs
+            owner = tensors[side[tensor.offset].tensor]
+            if (tensor.nbytes, tensor.dtype, tensor.batched) != (owner.nbytes, owner.dtype, owner.batched):
+                raise ArtifactError(f"a tensor of {name!r} does not have the size of its port")
+    ops = tuple(_read_op(cursor, name, len(tensors)) for _ in range(_count(cursor, cursor.u32(), 6, MOST_OPS)))
     return Program(name, max_batch, arena_bytes, workspace_bytes, inputs, outputs, tensors, ops)
 
 
@@ -244,11 +248,11 @@ def _read_tensor(
         raise ArtifactError(f"a batched tensor of {program!r} does not divide by its batch", got=dims)
     what = f"a tensor of {program!r}"
     if region in limits:
-        _check_place(what, dims, tensor.dtype, tensor.offset, limits[region])
+        _check_place(what, tensor.nbytes, tensor.offset, limits[region])
     elif tensor.offset >= (inputs if region == Region.INPUT else outputs):
         raise ArtifactError(f"{what} names a port that does not exist", got=tensor.offset)
     else:
-        _check_place(what, dims, tensor.dtype, 0, MAX_ARTIFACT_BYTES)
+        _check_place(what, tensor.nbytes, 0, MAX_ARTIFACT_BYTES)
     return tensor
 
 
@@ -257,13 +261,17 @@ def _read_op(cursor: Cursor, program: str, tensors: int) -> Op:
     name = OP_NAMES.get(code)
     if name is None or zero:
         raise ArtifactError(
-            f"{program!r} uses an operation that this runtime does not know", got=code, fix="Update evensong on the device."
+            f"{program!r} uses an operation that this runtime does not know",
+            got=code,
+            fix="Update evensong on the device.",
         )
     spec = OPS[name]
     fits_inputs = _required(spec.inputs) <= n_inputs and (spec.variadic or n_inputs <= len(spec.inputs))
     fits_outputs = _required(spec.outputs) <= n_outputs <= len(spec.outputs)
     if not fits_inputs or not fits_outputs or n_attrs != len(spec.attrs):
-        raise ArtifactError(f"{name} in {program!r} has the wrong number of operands", got=(n_inputs, n_outputs, n_attrs))
+        raise ArtifactError(
+            f"{name} in {program!r} has the wrong number of operands", got=(n_inputs, n_outputs, n_attrs)
+        )
     operands = tuple(cursor.u32() for _ in range(n_inputs + n_outputs))
     if any(operand >= tensors for operand in operands):
         raise ArtifactError(f"{name} in {program!r} names a tensor that does not exist", got=operands)
@@ -282,14 +290,8 @@ def _dtype(code: int) -> DType:
         raise ArtifactError("unknown dtype", expected="1 to 4", got=code) from None
 
 
-def _nbytes(dims: tuple[int, ...], dtype: DType) -> int:
-    size = dtype.itemsize
-    for dim in dims:
-        size *= dim
-    return size
-
-
-def _check_place(what: str, dims: tuple[int, ...], dtype: DType, offset: int, limit: int) -> None:
-    size = _nbytes(dims, dtype)
+def _check_place(what: str, size: int, offset: int, limit: int) -> None:
     if not size or offset % ALIGNMENT or offset + size > limit:
-        raise ArtifactError(f"{what} does not fit its region", expected=f"at most {limit} bytes", got=f"{offset}+{size}")
+        raise ArtifactError(
+            f"{what} does not fit its region", expected=f"at most {limit} bytes", got=f"{offset}+{size}"
+        )

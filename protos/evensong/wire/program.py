@@ -19,6 +19,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 ALIGNMENT = 64
 MAX_RANK = 6
@@ -103,7 +104,14 @@ def _spec(
     doc: str,
 ) -> OpSpec:
     return OpSpec(
-        code, tuple(inputs.split()), tuple(outputs.split()), tuple(attrs.split()), variadic, tuple(inplace), tuple(updates), doc
+        code,
+        tuple(inputs.split()),
+        tuple(outputs.split()),
+        tuple(attrs.split()),
+        variadic,
+        tuple(inplace),
+        tuple(updates),
+        doc,
     )
 
 
@@ -157,7 +165,7 @@ OPS: dict[str, OpSpec] = {
     "SOFTMAX_GRAD": _spec(61, "dy y", "dx", doc="gradient of SOFTMAX"),
     "LOG_SOFTMAX": _spec(62, "x", "y", doc="over the last dimension"),
     "LOG_SOFTMAX_GRAD": _spec(63, "dy y", "dx", doc="gradient of LOG_SOFTMAX"),
-    "CROSS_ENTROPY": _spec(65, "logits labels", "loss correct dlogits?", doc="labels i32 [M]; loss[1] mean over rows; correct[1] rows whose first argmax is the label; a label outside [0, C) is a run-time error"),
+    "CROSS_ENTROPY": _spec(65, "logits labels", "loss correct dlogits?", doc="labels i32 [M]; loss[1] mean over rows; correct i32 [1]: rows whose first argmax is the label; a label outside [0, C) is a run-time error"),
     "MSE": _spec(66, "prediction target", "loss correct dprediction?", doc="mean over elements; correct is 0"),
     "BCE_WITH_LOGITS": _spec(67, "logits target", "loss correct dlogits?", doc="mean over elements; correct counts (logit > 0) == (target > 0.5)"),
     # --- optimisers, float32; skipped for a frozen variable. lr, step (from 1) come with the run
@@ -202,6 +210,10 @@ class Variable:
         """The author's shape: what travels on the wire and what ``get`` and ``set`` take."""
         return tuple(self.dims[axis] for axis in self.perm)
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.dims) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -217,10 +229,7 @@ class Tensor:
 
     @property
     def elements(self) -> int:
-        count = 1
-        for dim in self.dims:
-            count *= dim
-        return count
+        return prod(self.dims)
 
     @property
     def nbytes(self) -> int:
