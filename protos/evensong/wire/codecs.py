@@ -384,4 +384,5 @@ def clip_to_norm(delta: Mapping[str, npt.ArrayLike], clip_norm: float) -> tuple[
         return tensors, norm
     # one part in 2^20 lower, so that rounding to float32 never leaves the norm above the bound
     factor = clip_norm / norm * (1 - 2.0**-20)
-    return {name: (values * factor).astype(np.float32) for name, values in tensors.items()}, norm
+    clipped = {name: np.multiply(values, factor, dtype=np.float64) for name, values in tensors.items()}
+    return {name: values.astype(np.float32) for name, values in clipped.items()}, norm
