@@ -1,0 +1,359 @@
+// The C face: open an artifact, run its programs, close it. include/evensong.h has the rules.
+#include "evensong.h"
+
+#include <math.h>
+
+#include "isa.hpp"
+#include "model.hpp"
+#include "opcodes.h"
+
+using namespace evensong;
+
+namespace {
+
+// Where the live size of an operand or its memory depends on the run.
+struct PortOperand {
+    uint32_t operand, port;
+    bool output;
+};
+
+// A program made ready: one Operand for every use of a tensor, in the order of the operations.
+struct Prepared {
+    Array<Operand> operands;
+    Array<PortOperand> ports;
+    uint32_t batch;  // that `operands` now describe
+    bool updates_statistics;
+};
+
+// A running statistic: training overwrites it before the loss is known, so a copy can undo a diverged step.
+struct Statistic {
+    char* live;
+    char* saved;
+    size_t bytes;
+};
+
+uint64_t align(uint64_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace
+
+struct evensong_engine {
+    Model model;
+    const InstructionSet* isa;
+    Kernel kernels[kOpCodes];
+    Array<char> memory;  // everything below lies in here, but borrowed constants
+    const char* constants;
+    char *state, *slots, *arena, *workspace, *saved;
+    Array<Prepared> prepared;     // one per program
+    Array<Statistic> statistics;  // one per variable that is a buffer
+    Array<uint8_t> frozen;        // one flag per variable
+
+    char* region(Region region) {
+        char* const bases[] = {const_cast<char*>(constants), state, slots, arena};
+        return region <= Region::kArena ? bases[int(region)] : nullptr;
+    }
+};
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------- open
+
+// One block for all regions. The arena and the workspace are shared by the programs: only one runs at a time.
+bool allocate_memory(evensong_engine* engine, bool borrow) {
+    const Model& model = engine->model;
+    uint64_t arena = 0, workspace = 0, saved = 0;
+    for (const Program& program : model.programs) {
+        arena = program.arena_bytes > arena ? program.arena_bytes : arena;
+        workspace = program.workspace_bytes > workspace ? program.workspace_bytes : workspace;
+    }
+    for (const Variable& variable : model.variables) saved += variable.trainable ? 0 : align(variable.bytes);
+    uint64_t constants = borrow ? 0 : model.const_bytes;
+    const uint64_t sizes[] = {constants, model.state_bytes, model.slot_bytes, arena, workspace, saved};
+    uint64_t total = kAlignment;
+    for (uint64_t size : sizes) total += align(size);
+    if (total > SIZE_MAX / 2 || !engine->memory.allocate(size_t(total))) return false;
+
+    char* next = engine->memory.data + (align(reinterpret_cast<uintptr_t>(engine->memory.data)) -
+                                        reinterpret_cast<uintptr_t>(engine->memory.data));
+    char* bases[6];
+    for (int i = 0; i < 6; ++i) {
+        bases[i] = next;
+        next += align(sizes[i]);
+    }
+    memcpy(bases[0], model.constants, size_t(constants));
+    memcpy(bases[1], model.initial_state, size_t(model.state_bytes));
+    engine->constants = borrow ? reinterpret_cast<const char*>(model.constants) : bases[0];
+    engine->state = bases[1];
+    engine->slots = bases[2];
+    engine->arena = bases[3];
+    engine->workspace = bases[4];
+    engine->saved = bases[5];
+    return true;
+}
+
+bool prepare(evensong_engine* engine, const Program& program, Prepared* out) {
+    size_t operands = 0, ports = 0;
+    for (const Op& op : program.ops) {
+        for (uint32_t i = 0; i < uint32_t(op.inputs) + op.outputs; ++i, ++operands) {
+            ports += program.tensors[op.operands[i]].region >= Region::kInput;
+        }
+    }
+    if (!out->operands.allocate(operands) || !out->ports.allocate(ports)) return false;
+    size_t operand = 0, port = 0;
+    for (const Op& op : program.ops) {
+        out->updates_statistics = out->updates_statistics || op.code == op::BATCH_NORM_TRAIN;
+        for (uint32_t i = 0; i < uint32_t(op.inputs) + op.outputs; ++i, ++operand) {
+            const Tensor& tensor = program.tensors[op.operands[i]];
+            Operand& live = out->operands[operand];
+            memcpy(live.dims, tensor.dims, sizeof live.dims);
+            live.rank = tensor.rank;
+            live.dtype = tensor.dtype;
+            live.scale = tensor.scale;
+            live.zero_point = tensor.zero_point;
+            live.elements = size_t(tensor.elements);
+            if (tensor.region >= Region::kInput) {
+                out->ports[port++] = {uint32_t(operand), uint32_t(tensor.offset), tensor.region == Region::kOutput};
+            } else {
+                live.data = engine->region(tensor.region) + tensor.offset;
+            }
+        }
+    }
+    out->batch = program.max_batch;
+    return true;
+}
+
+bool prepare_statistics(evensong_engine* engine) {
+    size_t count = 0;
+    for (const Variable& variable : engine->model.variables) count += !variable.trainable;
+    if (!engine->statistics.allocate(count)) return false;
+    size_t next = 0;
+    char* saved = engine->saved;
+    for (const Variable& variable : engine->model.variables) {
+        if (variable.trainable) continue;
+        engine->statistics[next++] = {engine->state + variable.offset, saved, size_t(variable.bytes)};
+        saved += align(variable.bytes);
+    }
+    return true;
+}
+
+evensong_status build(evensong_engine* engine, const void* bytes, size_t size, bool borrow, Report* report) {
+    if (evensong_status status = parse(static_cast<const uint8_t*>(bytes), size, &engine->model, report)) return status;
+    if (evensong_status status = verify(&engine->model, report)) return status;
+    if (borrow && reinterpret_cast<uintptr_t>(engine->model.constants) % kAlignment) {
+        return report->fail(EVENSONG_ARGUMENT, "borrowed bytes must start at a multiple of %zu", kAlignment);
+    }
+    engine->isa->fill(engine->kernels);
+    const Model& model = engine->model;
+    for (const Program& program : model.programs) {
+        for (const Op& op : program.ops) {
+            if (!engine->kernels[op.code]) return report->fail(EVENSONG_PROGRAM, "this build has no kernel for operation %u", op.code);
+        }
+    }
+    bool ready = allocate_memory(engine, borrow) && engine->frozen.allocate(model.variables.size) &&
+                 engine->prepared.allocate(model.programs.size) && prepare_statistics(engine);
+    for (size_t i = 0; ready && i < model.programs.size; ++i) {
+        ready = prepare(engine, model.programs[i], &engine->prepared[i]);
+    }
+    return ready ? EVENSONG_OK : report->fail(EVENSONG_MEMORY, "the system has no memory left for this artifact");
+}
+
+// ------------------------------------------------------------------------------------------------- run
+
+uint64_t live_bytes(const Program& program, const Port& port, uint32_t batch) {
+    const Tensor& tensor = program.tensors[port.tensor];
+    return tensor.batched ? tensor.bytes / program.max_batch * batch : tensor.bytes;
+}
+
+evensong_status check_buffers(const Program& program, bool output, uint32_t batch, const evensong_buffer* buffers, uint32_t count,
+                              Report* report) {
+    const Array<Port>& ports = program.ports(output);
+    const char* side = output ? "output" : "input";
+    if (count != ports.size) {
+        return report->fail(EVENSONG_ARGUMENT, "'%s' has %zu %s ports; got %u buffers", program.name, ports.size, side, count);
+    }
+    for (uint32_t i = 0; i < count; ++i) {
+        uint64_t expected = live_bytes(program, ports[i], batch);
+        uint32_t element = itemsize(program.tensors[ports[i].tensor].dtype);
+        if (!buffers[i].data || buffers[i].size != expected || reinterpret_cast<uintptr_t>(buffers[i].data) % element) {
+            return report->fail(EVENSONG_ARGUMENT, "%s %u of '%s' for %u examples must be %llu bytes, aligned to %u; got %zu bytes",
+                                side, i, program.name, batch, static_cast<unsigned long long>(expected), element, buffers[i].size);
+        }
+    }
+    return EVENSONG_OK;
+}
+
+void resize(const Program& program, uint32_t batch, Prepared* prepared) {
+    if (prepared->batch == batch) return;
+    Operand* live = prepared->operands.data;
+    for (const Op& op : program.ops) {
+        for (uint32_t i = 0; i < uint32_t(op.inputs) + op.outputs; ++i, ++live) {
+            const Tensor& tensor = program.tensors[op.operands[i]];
+            if (!tensor.batched) continue;
+            live->dims[0] = tensor.dims[0] / program.max_batch * batch;
+            live->elements = size_t(tensor.elements / program.max_batch * batch);
+        }
+    }
+    prepared->batch = batch;
+}
+
+void save_statistics(const evensong_engine* engine) {
+    for (const Statistic& statistic : engine->statistics) memcpy(statistic.saved, statistic.live, statistic.bytes);
+}
+
+void restore_statistics(const evensong_engine* engine) {
+    for (const Statistic& statistic : engine->statistics) memcpy(statistic.live, statistic.saved, statistic.bytes);
+}
+
+// The gradients of all updates that follow one another, before the first of them changes anything.
+bool gradients_are_finite(const evensong_engine* engine, const Program& program, size_t first, const Operand* operands) {
+    for (size_t i = first; i < program.ops.size && is_optimizer(program.ops[i].code); ++i) {
+        const Op& op = program.ops[i];
+        bool skipped = engine->frozen[size_t(op.variable)];
+        if (!skipped && !engine->isa->all_finite(operands[1].f32(), operands[1].elements)) return false;
+        operands += op.inputs + op.outputs;
+    }
+    return true;
+}
+
+Fault run_operations(evensong_engine* engine, const Program& program, const Prepared& prepared, const Run& run) {
+    const Operand* operands = prepared.operands.data;
+    bool updating = false;
+    for (size_t i = 0; i < program.ops.size; ++i) {
+        const Op& op = program.ops[i];
+        bool optimizer = is_optimizer(op.code);
+        if (optimizer && !updating && !gradients_are_finite(engine, program, i, operands)) return Fault::kNotFinite;
+        updating = optimizer;
+        if (!optimizer || !engine->frozen[size_t(op.variable)]) {
+            Call call = {operands, op.inputs, operands + op.inputs, op.outputs, op.attributes, engine->workspace, &run};
+            Fault fault = engine->kernels[op.code](call);
+            if (fault != Fault::kNone) return fault;
+        }
+        operands += op.inputs + op.outputs;
+    }
+    return Fault::kNone;
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------- the C face
+
+extern "C" {
+
+uint32_t evensong_abi_version(void) { return EVENSONG_ABI_VERSION; }
+
+const char* evensong_instruction_set(void) { return find_instruction_set(nullptr)->name; }
+
+evensong_status evensong_open(const void* bytes, size_t size, uint32_t flags, evensong_engine** engine, char* message,
+                              size_t message_capacity) {
+    return evensong_open_on(nullptr, bytes, size, flags, engine, message, message_capacity);
+}
+
+evensong_status evensong_open_on(const char* instruction_set, const void* bytes, size_t size, uint32_t flags,
+                                 evensong_engine** engine, char* message, size_t message_capacity) {
+    Report report(message, message_capacity);
+    if (!bytes || !engine || flags & ~uint32_t(EVENSONG_BORROW)) return report.fail(EVENSONG_ARGUMENT, "a null pointer or an unknown flag");
+    const InstructionSet* isa = find_instruction_set(instruction_set);
+    if (!isa) return report.fail(EVENSONG_ARGUMENT, "instruction set '%s' is not in this build or this CPU", instruction_set);
+    evensong_engine* opened = static_cast<evensong_engine*>(calloc(1, sizeof(evensong_engine)));
+    if (!opened) return report.fail(EVENSONG_MEMORY, "no memory for an engine");
+    opened->isa = isa;
+    evensong_status status = build(opened, bytes, size, flags & EVENSONG_BORROW, &report);
+    if (status == EVENSONG_OK) {
+        *engine = opened;
+    } else {
+        evensong_close(opened);
+    }
+    return status;
+}
+
+void evensong_close(evensong_engine* engine) {
+    if (!engine) return;
+    engine->~evensong_engine();
+    free(engine);
+}
+
+size_t evensong_memory_bytes(const evensong_engine* engine) {
+    size_t bytes = sizeof *engine + engine->memory.size + engine->model.operand_pool.size * 4 + engine->model.attribute_pool.size * 4;
+    for (const Program& program : engine->model.programs) {
+        bytes += sizeof program + program.tensors.size * sizeof(Tensor) + program.ops.size * sizeof(Op);
+    }
+    for (const Prepared& prepared : engine->prepared) bytes += sizeof prepared + prepared.operands.size * sizeof(Operand);
+    return bytes;
+}
+
+void* evensong_state(evensong_engine* engine, size_t* size) {
+    *size = size_t(engine->model.state_bytes);
+    return engine->state;
+}
+
+void* evensong_slots(evensong_engine* engine, size_t* size) {
+    *size = size_t(engine->model.slot_bytes);
+    return engine->slots;
+}
+
+int32_t evensong_find_program(const evensong_engine* engine, const char* name) {
+    for (size_t i = 0; i < engine->model.programs.size; ++i) {
+        if (strcmp(engine->model.programs[i].name, name) == 0) return int32_t(i);
+    }
+    return -1;
+}
+
+uint32_t evensong_max_batch(const evensong_engine* engine, uint32_t program) {
+    return program < engine->model.programs.size ? engine->model.programs[program].max_batch : 0;
+}
+
+uint32_t evensong_port_count(const evensong_engine* engine, uint32_t program, int32_t output) {
+    return program < engine->model.programs.size ? uint32_t(engine->model.programs[program].ports(output != 0).size) : 0;
+}
+
+size_t evensong_port_bytes(const evensong_engine* engine, uint32_t program, int32_t output, uint32_t port, uint32_t batch) {
+    if (port >= evensong_port_count(engine, program, output)) return 0;
+    const Program& found = engine->model.programs[program];
+    return batch >= 1 && batch <= found.max_batch ? size_t(live_bytes(found, found.ports(output != 0)[port], batch)) : 0;
+}
+
+evensong_status evensong_freeze(evensong_engine* engine, const uint32_t* variables, size_t count, char* message,
+                                size_t message_capacity) {
+    Report report(message, message_capacity);
+    for (size_t i = 0; i < count; ++i) {
+        if (variables[i] >= engine->model.variables.size) {
+            return report.fail(EVENSONG_ARGUMENT, "there is no variable %u among %zu", variables[i], engine->model.variables.size);
+        }
+    }
+    memset(engine->frozen.data, 0, engine->frozen.size);
+    for (size_t i = 0; i < count; ++i) engine->frozen[variables[i]] = 1;
+    return EVENSONG_OK;
+}
+
+evensong_status evensong_run(evensong_engine* engine, uint32_t program_index, uint32_t batch, const evensong_buffer* inputs,
+                             uint32_t input_count, const evensong_buffer* outputs, uint32_t output_count,
+                             const evensong_options* options, char* message, size_t message_capacity) {
+    Report report(message, message_capacity);
+    if (program_index >= engine->model.programs.size) {
+        return report.fail(EVENSONG_ARGUMENT, "there is no program %u among %zu", program_index, engine->model.programs.size);
+    }
+    const Program& program = engine->model.programs[program_index];
+    Prepared& prepared = engine->prepared[program_index];
+    if (batch < 1 || batch > program.max_batch) {
+        return report.fail(EVENSONG_ARGUMENT, "'%s' takes 1 to %u examples; got %u", program.name, program.max_batch, batch);
+    }
+    if (!isfinite(options->learning_rate) || options->learning_rate < 0 || options->step < 1) {
+        return report.fail(EVENSONG_ARGUMENT, "the learning rate must be finite and >= 0, and the step at least 1");
+    }
+    if (evensong_status status = check_buffers(program, false, batch, inputs, input_count, &report)) return status;
+    if (evensong_status status = check_buffers(program, true, batch, outputs, output_count, &report)) return status;
+
+    resize(program, batch, &prepared);
+    for (const PortOperand& port : prepared.ports) {
+        prepared.operands[port.operand].data = (port.output ? outputs : inputs)[port.port].data;
+    }
+    if (prepared.updates_statistics) save_statistics(engine);
+    Fault fault = run_operations(engine, program, prepared, Run{options->learning_rate, options->step, options->seed});
+    if (fault == Fault::kNone) return EVENSONG_OK;
+    if (prepared.updates_statistics) restore_statistics(engine);
+    if (fault == Fault::kIndexOutOfRange) {
+        return report.fail(EVENSONG_EXAMPLE, "a label or an embedding index in the examples is out of range");
+    }
+    return report.fail(EVENSONG_DIVERGED, "the loss, a gradient or an updated weight is NaN or infinite. Lower the learning rate.");
+}
+
+}  // extern "C"

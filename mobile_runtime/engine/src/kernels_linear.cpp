@@ -1,0 +1,98 @@
+// LINEAR and its gradients, float32.
+#include "gemm.hpp"
+#include "kernel.hpp"
+
+namespace evensong {
+namespace EVENSONG_ISA {
+namespace {
+
+constexpr size_t kDepth = workspace::kDepth;
+
+// Calls body(first row, rows, pointers to those rows of `matrix`) for blocks of rows.
+template <class Element, class Body>
+EVENSONG_INLINE void for_blocks_of_rows(Element* matrix, size_t stride, size_t rows, Body body) {
+    for (size_t first = 0; first < rows; first += kMostRows) {
+        const size_t count = rows - first < kMostRows ? rows - first : kMostRows;
+        Element* pointers[kMostRows];
+        for (size_t i = 0; i < count; ++i) pointers[i] = matrix + (first + i) * stride;
+        body(first, count, pointers);
+    }
+}
+
+EVENSONG_INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+// y[M,O] = act(x[M,I] w[O,I]^T + b[O])
+Fault linear(const Call& call) {
+    const Operand &x = call.in[0], &w = call.in[1], &y = call.out[0];
+    const float* bias = call.inputs > 2 ? call.in[2].f32() : nullptr;
+    const size_t depth = x.last(), rows = x.elements / depth, columns = y.last();
+    const int32_t kind = call.attr[0].i;
+    if (rows <= workspace::kDotRows) {
+        multiply_by_dots(x.f32(), w.f32(), rows, columns, depth, y.f32_mut(), bias, kind);
+        return Fault::kNone;
+    }
+    float* panel = reinterpret_cast<float*>(call.workspace);
+    for (size_t j = 0; j < columns; j += kPanelColumns) {
+        const size_t live = smaller(columns - j, kPanelColumns);
+        for (size_t k = 0; k < depth; k += kDepth) {
+            const size_t deep = smaller(depth - k, kDepth);
+            const bool is_last = k + deep == depth;
+            pack_panel_transposed(w.f32() + j * depth + k, depth, deep, live, panel);
+            const Epilogue epilogue = {is_last && bias ? bias + j : nullptr, is_last ? kind : activation::NONE, k > 0};
+            for_blocks_of_rows(x.f32() + k, depth, rows, [&](size_t first, size_t count, const float* const* x_rows) {
+                float* y_rows[kMostRows];
+                for (size_t i = 0; i < count; ++i) y_rows[i] = y.f32_mut() + (first + i) * columns + j;
+                multiply_panel(Rows{x_rows}, panel, panel_width(live), deep, y_rows, count, 0, live, epilogue);
+            });
+        }
+    }
+    return Fault::kNone;
+}
+
+// dx[M,I] = dy[M,O] w[O,I]
+Fault linear_grad_input(const Call& call) {
+    const Operand &dy = call.in[0], &w = call.in[1], &dx = call.out[0];
+    const size_t depth = dy.last(), rows = dy.elements / depth, columns = dx.last();
+    float* scratch = reinterpret_cast<float*>(call.workspace);
+    for (size_t k = 0; k < depth; k += kDepth) {
+        const size_t deep = smaller(depth - k, kDepth);
+        for_blocks_of_rows(dy.f32() + k, depth, rows, [&](size_t first, size_t count, const float* const* dy_rows) {
+            float* dx_rows[kMostRows];
+            for (size_t i = 0; i < count; ++i) dx_rows[i] = dx.f32_mut() + (first + i) * columns;
+            Epilogue epilogue;
+            epilogue.accumulate = k > 0;
+            multiply_in_place(Rows{dy_rows}, w.f32() + k * columns, columns, deep, dx_rows, count, columns, epilogue, false, scratch);
+        });
+    }
+    return Fault::kNone;
+}
+
+// dw[O,I] = dy^T x; db[O] = sum of dy over rows
+Fault linear_grad_weight(const Call& call) {
+    const Operand &dy = call.in[0], &x = call.in[1], &dw = call.out[0];
+    const size_t rows = dy.last(), depth = dy.elements / rows, columns = x.last();
+    float* scratch = reinterpret_cast<float*>(call.workspace);
+    for (size_t k = 0; k < depth; k += kDepth) {
+        const size_t deep = smaller(depth - k, kDepth);
+        for_blocks_of_rows(dw.f32_mut(), columns, rows, [&](size_t first, size_t count, float* const* dw_rows) {
+            const Columns left = {dy.f32() + k * rows + first, rows};
+            Epilogue epilogue;
+            epilogue.accumulate = k > 0;
+            multiply_in_place(left, x.f32() + k * columns, columns, deep, dw_rows, count, columns, epilogue, false, scratch);
+        });
+    }
+    if (call.outputs > 1) bias_gradient(dy.f32(), depth, rows, call.out[1].f32_mut());
+    return Fault::kNone;
+}
+
+}  // namespace
+
+void register_linear(Kernel* table);
+void register_linear(Kernel* table) {
+    table[op::LINEAR] = linear;
+    table[op::LINEAR_GRAD_INPUT] = linear_grad_input;
+    table[op::LINEAR_GRAD_WEIGHT] = linear_grad_weight;
+}
+
+}  // namespace EVENSONG_ISA
+}  // namespace evensong

@@ -1,0 +1,133 @@
+// A parsed artifact: plain arrays in one allocation each, sizes known, every offset inside its region.
+#pragma once
+
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "evensong.h"
+#include "kernel.hpp"
+
+namespace evensong {
+
+enum class Region : uint8_t { kConst = 0, kState = 1, kSlots = 2, kArena = 3, kInput = 4, kOutput = 5 };
+
+constexpr size_t kAlignment = 64;
+constexpr uint32_t kMaxRank = 6;
+constexpr uint64_t kMaxArtifactBytes = uint64_t(1) << 31;
+
+constexpr uint32_t itemsize(DType dtype) { return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 1; }
+
+// A status and the sentence that goes with it.
+class Report {
+  public:
+    Report(char* message, size_t capacity) : message_(message), capacity_(message ? capacity : 0) {
+        if (capacity_) message_[0] = 0;
+    }
+    __attribute__((format(printf, 3, 4))) evensong_status fail(evensong_status status, const char* format, ...) {
+        va_list arguments;
+        va_start(arguments, format);
+        if (capacity_) vsnprintf(message_, capacity_, format, arguments);
+        va_end(arguments);
+        return status;
+    }
+
+  private:
+    char* message_;
+    size_t capacity_;
+};
+
+// A zeroed array that frees itself; `data` is null when memory ran out. All bits zero must be a valid T.
+template <class T>
+struct Array {
+    T* data = nullptr;
+    size_t size = 0;
+
+    Array() = default;
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+    ~Array() {
+        for (T& item : *this) item.~T();
+        free(data);
+    }
+    bool allocate(size_t count) {  // once
+        data = static_cast<T*>(calloc(count ? count : 1, sizeof(T)));
+        size = data ? count : 0;
+        return data != nullptr;
+    }
+    T& operator[](size_t index) { return data[index]; }
+    const T& operator[](size_t index) const { return data[index]; }
+    T* begin() const { return data; }
+    T* end() const { return data + size; }
+};
+
+struct Variable {
+    DType dtype;
+    bool trainable;  // else a buffer
+    uint64_t offset, bytes;
+};
+
+struct Tensor {
+    DType dtype;
+    Region region;
+    bool batched;
+    uint32_t rank;
+    uint32_t dims[kMaxRank];  // for max_batch
+    uint64_t offset;          // bytes in the region, or the port's index
+    uint64_t elements, bytes;
+    float scale;
+    int32_t zero_point;
+
+    uint64_t end() const { return offset + bytes; }
+    uint32_t last() const { return rank ? dims[rank - 1] : 1; }
+};
+
+constexpr int32_t kNoVariable = -1;
+
+struct Op {
+    uint16_t code;
+    uint8_t inputs, outputs;
+    const uint32_t* operands;  // tensors: inputs, then outputs
+    const Attribute* attributes;
+    int32_t variable;  // what an optimiser updates, else kNoVariable
+};
+
+struct Port {
+    uint32_t tensor;
+};
+
+struct Program {
+    char name[256];
+    uint32_t max_batch;
+    uint64_t arena_bytes, workspace_bytes;
+    Array<Port> inputs, outputs;
+    Array<Tensor> tensors;
+    Array<Op> ops;
+
+    const Array<Port>& ports(bool output) const { return output ? outputs : inputs; }
+};
+
+struct Model {
+    const uint8_t* constants = nullptr;  // inside the artifact's bytes
+    const uint8_t* initial_state = nullptr;
+    uint64_t const_bytes = 0, state_bytes = 0, slot_bytes = 0;
+    Array<Variable> variables;
+    Array<Program> programs;
+    Array<uint32_t> operand_pool;
+    Array<Attribute> attribute_pool;
+};
+
+// Reads the frame and the structure: afterwards every count, index and offset is in range. Operands are not yet matched.
+evensong_status parse(const uint8_t* bytes, size_t size, Model* model, Report* report);
+
+// Matches every operation with its operands (dtypes, ranks, sizes, attributes, regions, overlaps, workspace, amount of
+// work) and sets Op::variable. Afterwards no kernel can leave its memory.
+evensong_status verify(Model* model, Report* report);
+
+bool is_optimizer(uint16_t code);
+bool is_loss(uint16_t code);
+
+}  // namespace evensong

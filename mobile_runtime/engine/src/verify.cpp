@@ -1,0 +1,537 @@
+// Does each operation fit its operands? One row of a table per operation, read by one small interpreter.
+//
+// A rule such as "f*MI fOI fO? > f*MO | a" says: the first input is float32, its last dimension is I and the product of the
+// others is M; the second is [O, I]; the third, if there, is [O]; the output is [..., O] with the same product M; the
+// attribute is an activation. Every letter stands for one size in the whole rule, together with whether that size shrinks
+// with the batch, so that what fits for max_batch fits for every smaller batch. The grammar:
+//
+//   operand    dtype, then its shape, then ? if optional;  dtype: f float32, b int8, u uint8, i int32,
+//              j uint8 or int32, x any (all x of a rule agree)
+//   shape      letters: the dimensions in turn;  *X in front: the product of the leading ones;  #X: the product of all;
+//              #number: exactly so many elements
+//   attribute  s 1..32768 (stride, dilation, kernel)   p 0..32768 (padding)   n any >= 0   . any   b 0 or 1   q int8
+//              a fused activation   k activation   f finite
+#include <math.h>
+
+#include "model.hpp"
+#include "opcodes.h"
+#include "workspace.hpp"
+
+namespace evensong {
+namespace {
+
+struct Size {
+    uint64_t count = 0;  // 0: not bound yet
+    bool batched = false;
+};
+
+// One operation under check.
+struct Context {
+    const Program& program;
+    const Op& op;
+    Size sizes[26];
+    DType any_dtype;
+    bool any_bound = false;
+
+    Context(const Program& program, const Op& op) : program(program), op(op) {}
+    const Tensor& operand(uint32_t index) const { return program.tensors[op.operands[index]]; }
+    const Tensor& input(uint32_t index) const { return operand(index); }
+    const Tensor& output(uint32_t index) const { return operand(op.inputs + index); }
+    uint64_t operator[](char letter) const { return sizes[letter - 'A'].count; }
+    bool batched(char letter) const { return sizes[letter - 'A'].batched; }
+    int64_t attribute(uint32_t index) const { return op.attributes[index].i; }
+};
+
+// ------------------------------------------------------------------------------------------------- rules beyond letters
+// Each returns what is wrong, or null.
+
+using Check = const char* (*)(const Context&);
+
+constexpr int64_t kMostCoordinate = 1 << 30;  // kernels compute coordinates in 32 bits
+
+// P outputs of windows of `reach` inputs over H inputs.
+bool coordinates_fit(uint64_t inputs, uint64_t outputs, int64_t reach, int64_t stride, int64_t padding) {
+    return inputs < uint64_t(kMostCoordinate) && outputs < uint64_t(kMostCoordinate) &&
+           int64_t(outputs) * stride + reach + padding < kMostCoordinate;
+}
+
+const char* check_convolution(const Context& c) {
+    uint64_t groups = uint64_t(c.attribute(6));
+    if (c['C'] != c['D'] * groups || c['O'] % groups) return "its groups do not divide its channels";
+    int64_t reach_h = int64_t(c['K']) * c.attribute(4), reach_w = int64_t(c['L']) * c.attribute(5);
+    if (c['K'] > 32768 || c['L'] > 32768 || !coordinates_fit(c['H'], c['P'], reach_h, c.attribute(0), c.attribute(2)) ||
+        !coordinates_fit(c['W'], c['Q'], reach_w, c.attribute(1), c.attribute(3))) {
+        return "its window is too large";
+    }
+    return nullptr;
+}
+
+const char* check_pool(const Context& c) {
+    for (int axis = 0; axis < 2; ++axis) {
+        int64_t kernel = c.attribute(axis), stride = c.attribute(2 + axis), padding = c.attribute(4 + axis);
+        uint64_t inputs = c[axis ? 'W' : 'H'], outputs = c[axis ? 'Q' : 'P'];
+        if (!coordinates_fit(inputs, outputs, kernel, stride, padding)) return "its window is too large";
+        if (2 * padding > kernel) return "its padding is more than half of its window";
+        if (int64_t(outputs - 1) * stride - padding >= int64_t(inputs)) return "its last window lies outside the input";
+    }
+    bool has_index = c.op.code == op::MAX_POOL2D_GRAD || (c.op.code == op::MAX_POOL2D && c.op.outputs == 2);
+    if (has_index) {
+        const Tensor& index = c.op.code == op::MAX_POOL2D ? c.output(1) : c.input(1);
+        bool small = c.attribute(0) * c.attribute(1) <= 256;
+        if (index.dtype != (small ? DType::kU8 : DType::kI32)) return "its index has the wrong dtype";
+    }
+    return nullptr;
+}
+
+// R is a row that repeats within N, for every batch.
+const char* check_row(const Context& c) {
+    if (c['N'] == c['R'] && c.batched('N') == c.batched('R')) return nullptr;
+    uint64_t unit = c.batched('N') ? c['N'] / c.program.max_batch : c['N'];
+    return c.batched('R') || unit % c['R'] ? "the second operand is not a row of the first" : nullptr;
+}
+
+const char* check_layer_norm(const Context& c) {
+    bool fits = c['N'] == c['R'] * c['G'] && c.batched('N') == c.batched('R') && !c.batched('G');
+    return fits ? nullptr : "its rows do not fit gamma";
+}
+
+const char* check_reduce(const Context& c) {
+    uint64_t axis = uint64_t(c.attribute(0)), inner = uint64_t(c.attribute(1));
+    if (!axis || !inner || c['R'] % inner || c['N'] != c['R'] * axis) return "its axis does not fit";
+    if (c.batched('N') != c.batched('R')) return "only one side is batched";
+    return c.batched('N') && c['R'] / inner % c.program.max_batch ? "it reduces over the batch" : nullptr;
+}
+
+const char* check_probability(const Context& c) {
+    float p = c.op.attributes[0].f;
+    return p >= 0 && p < 1 ? nullptr : "its probability is not in [0, 1)";
+}
+
+const char* check_transpose(const Context& c) {
+    const Tensor &x = c.input(0), &y = c.output(0);
+    if (x.rank != y.rank || x.batched != y.batched) return "its ranks differ";
+    uint32_t seen = 0;
+    for (uint32_t axis = 0; axis < kMaxRank; ++axis) {
+        int64_t from = c.attribute(axis);
+        if (axis >= x.rank) {
+            if (from != -1) return "unused places of its permutation are not -1";
+            continue;
+        }
+        if (from < 0 || from >= int64_t(x.rank) || y.dims[axis] != x.dims[from]) return "its permutation does not fit";
+        seen |= 1u << from;
+    }
+    if (seen != (1u << x.rank) - 1) return "its permutation takes an axis twice";
+    return x.batched && c.attribute(0) != 0 ? "it moves the batch" : nullptr;
+}
+
+// `part` is `whole` but along `axis`.
+bool differs_only_along(const Tensor& part, const Tensor& whole, int64_t axis) {
+    if (part.rank != whole.rank || part.dtype != whole.dtype || part.batched != whole.batched) return false;
+    if (axis >= int64_t(whole.rank) || (axis == 0 && whole.batched)) return false;
+    for (int64_t i = 0; i < int64_t(whole.rank); ++i) {
+        if (i != axis && part.dims[i] != whole.dims[i]) return false;
+    }
+    return true;
+}
+
+const char* check_concat(const Context& c) {
+    int64_t axis = c.attribute(0);
+    const Tensor& y = c.output(0);
+    uint64_t joined = 0;
+    for (uint32_t i = 0; i < c.op.inputs; ++i) {
+        if (!differs_only_along(c.input(i), y, axis)) return "its parts do not fit";
+        joined += c.input(i).dims[axis];
+    }
+    return joined == y.dims[axis] ? nullptr : "its parts do not add up";
+}
+
+const char* check_slice(const Context& c) {
+    int64_t axis = c.attribute(0);
+    bool gradient = c.op.code == op::SLICE_GRAD;
+    const Tensor &part = gradient ? c.input(0) : c.output(0), &whole = gradient ? c.output(0) : c.input(0);
+    if (!differs_only_along(part, whole, axis)) return "its part does not fit";
+    return uint64_t(c.attribute(1)) + part.dims[axis] <= whole.dims[axis] ? nullptr : "it reaches past the end";
+}
+
+const char* check_quantized(const Context& c) {
+    for (uint32_t i = 0; i < uint32_t(c.op.inputs) + c.op.outputs; ++i) {
+        const Tensor& tensor = c.operand(i);
+        if (tensor.dtype != DType::kI8) continue;
+        if (tensor.zero_point < -128 || tensor.zero_point > 127) return "a zero point is not an int8";
+        bool scale_counts = c.op.code == op::QUANTIZE || c.op.code == op::DEQUANTIZE;
+        if (scale_counts && !(tensor.scale > 0 && isfinite(tensor.scale) && isfinite(1 / tensor.scale))) {
+            return "a scale is not positive and finite";
+        }
+    }
+    return nullptr;
+}
+
+constexpr uint64_t kMostDepth = 1 << 16;  // products of two int8 that an int32 holds, and twice as many
+
+const char* check_quantized_linear(const Context& c) {
+    return c['I'] > kMostDepth ? "it adds up too many products for 32 bits" : check_quantized(c);
+}
+
+const char* check_quantized_convolution(const Context& c) {
+    if (c['K'] * c['L'] * c['D'] > kMostDepth) return "it adds up too many products for 32 bits";
+    const char* wrong = check_convolution(c);
+    return wrong ? wrong : check_quantized(c);
+}
+
+const char* check_quantized_pool(const Context& c) {
+    const char* wrong = check_pool(c);
+    return wrong ? wrong : check_quantized(c);
+}
+
+// ------------------------------------------------------------------------------------------------- workspace, in bytes
+
+using Workspace = uint64_t (*)(const Context&);
+
+uint64_t packed_panel(uint64_t depth) { return 4 * workspace::kPanel * workspace::smaller(depth, workspace::kDepth); }
+
+uint64_t linear_workspace(const Context& c) { return c['M'] <= workspace::kDotRows ? 0 : packed_panel(c['I']); }
+uint64_t linear_grad_input_workspace(const Context& c) { return packed_panel(c['O']); }
+uint64_t linear_grad_weight_workspace(const Context& c) { return packed_panel(c['M']); }
+
+bool is_depthwise(const Context& c) { return c['D'] == 1 && uint64_t(c.attribute(6)) == c['O']; }
+
+uint64_t patches_and_weights(uint64_t depth, uint64_t pixels, uint64_t columns) {
+    return workspace::round_up(workspace::weight_elements(depth, columns), 64) + workspace::patch_elements(depth, pixels);
+}
+
+uint64_t convolution_elements(const Context& c) {
+    uint64_t depth = c['K'] * c['L'] * c['D'];
+    if (is_depthwise(c)) return c['O'] * depth;
+    return patches_and_weights(depth, c['N'] * c['P'] * c['Q'], c['O'] / uint64_t(c.attribute(6)));
+}
+uint64_t convolution_workspace(const Context& c) { return 4 * convolution_elements(c); }
+uint64_t quantized_convolution_workspace(const Context& c) {
+    uint64_t depth = c['K'] * c['L'] * c['D'];
+    if (is_depthwise(c)) return 4 * c['O'] * depth;
+    return workspace::int8_product_bytes(depth, c['O'] / uint64_t(c.attribute(6)));
+}
+
+uint64_t convolution_grad_input_workspace(const Context& c) {
+    if (is_depthwise(c)) return 4 * c['O'] * c['K'] * c['L'];
+    uint64_t taps = workspace::phase_taps(c['K'], uint64_t(c.attribute(0)), uint64_t(c.attribute(4))) *
+                    workspace::phase_taps(c['L'], uint64_t(c.attribute(1)), uint64_t(c.attribute(5)));
+    uint64_t depth = taps * (c['O'] / uint64_t(c.attribute(6)));
+    return 4 * patches_and_weights(depth, c['N'] * c['H'] * c['W'], c['D']);
+}
+
+uint64_t convolution_grad_weight_workspace(const Context& c) {
+    uint64_t depth = c['K'] * c['L'] * c['D'];
+    if (is_depthwise(c)) return 4 * c['O'] * depth;
+    return 4 * workspace::patch_elements(depth, c['N'] * c['P'] * c['Q']);
+}
+
+uint64_t quantized_linear_workspace(const Context& c) { return workspace::int8_product_bytes(c['I'], c['O']); }
+
+// ------------------------------------------------------------------------------------------------- the table
+
+struct Rule {
+    uint16_t code;
+    const char* operands;
+    Check check = nullptr;
+    const char* work = nullptr;  // product of these sizes (digits: attributes) is the amount of work; else the elements
+    Workspace workspace = nullptr;
+};
+
+constexpr Rule kRules[] = {
+    {op::LINEAR, "f*MI fOI fO? > f*MO | a", nullptr, "MIO", linear_workspace},
+    {op::LINEAR_GRAD_INPUT, "f*MO fOI > f*MI", nullptr, "MIO", linear_grad_input_workspace},
+    {op::LINEAR_GRAD_WEIGHT, "f*MO f*MI > fOI fO?", nullptr, "MIO", linear_grad_weight_workspace},
+    {op::CONV2D, "fNHWC fOKLD fO? > fNPQO | ssppsssa", check_convolution, "NPQOKLD", convolution_workspace},
+    {op::CONV2D_GRAD_INPUT, "fNPQO fOKLD > fNHWC | ssppsss", check_convolution, "NPQOKLD", convolution_grad_input_workspace},
+    {op::CONV2D_GRAD_WEIGHT, "fNPQO fNHWC > fOKLD fO? | ssppsss", check_convolution, "NPQOKLD", convolution_grad_weight_workspace},
+    {op::MAX_POOL2D, "fNHWC > fNPQC jNPQC? | sssspp", check_pool, "NPQC01"},
+    {op::MAX_POOL2D_GRAD, "fNPQC jNPQC > fNHWC | sssspp", check_pool},
+    {op::AVG_POOL2D, "fNHWC > fNPQC | ssssppb", check_pool, "NPQC01"},
+    {op::AVG_POOL2D_GRAD, "fNPQC > fNHWC | ssssppb", check_pool, "NPQC01"},
+    {op::BATCH_NORM_TRAIN, "f*MC fC fC fC fC > f*MC fC fC | ff"},
+    {op::BATCH_NORM_GRAD, "f*MC f*MC fC fC fC > f*MC fC fC"},
+    {op::BATCH_NORM_EVAL, "f*MC fC fC fC fC > f*MC | f"},
+    {op::BATCH_NORM_EVAL_GRAD, "f*MC f*MC fC fC fC > f*MC fC? fC? | f"},
+    {op::LAYER_NORM, "f#N f#G f#G > f#N f#R f#R | f", check_layer_norm},
+    {op::LAYER_NORM_GRAD, "f#N f#N f#G f#R f#R > f#N f#G f#G", check_layer_norm},
+    {op::UNARY, "f#N > f#N | k"},
+    {op::UNARY_GRAD, "f#N f#N > f#N | k"},
+    {op::ADD, "f#N f#R > f#N", check_row},
+    {op::SUB, "f#N f#R > f#N", check_row},
+    {op::MUL, "f#N f#R > f#N", check_row},
+    {op::SCALE, "f#N > f#N | ff"},
+    {op::SUM_ROWS, "f#N > f#R", check_row},
+    {op::REDUCE_MEAN, "f#N > f#R | nn", check_reduce},
+    {op::REDUCE_MEAN_GRAD, "f#R > f#N | nn", check_reduce},
+    {op::DROPOUT, "f#N > f#N u#N | f.", check_probability},
+    {op::DROPOUT_GRAD, "f#N u#N > f#N | f", check_probability},
+    {op::FILL, "> f#N | f"},
+    {op::TRANSPOSE, "x#N > x#N | ......", check_transpose},
+    {op::CONCAT, "x#A > x#N | n", check_concat},
+    {op::SLICE, "x#A > x#N | nn", check_slice},
+    {op::SLICE_GRAD, "x#N > x#A | nn", check_slice},
+    {op::COPY, "x#N > x#N"},
+    {op::EMBEDDING, "i#N fVD > f*ND"},
+    {op::EMBEDDING_GRAD, "f*ND i#N > fVD"},
+    {op::SOFTMAX, "f*MC > f*MC"},
+    {op::SOFTMAX_GRAD, "f*MC f*MC > f*MC"},
+    {op::LOG_SOFTMAX, "f*MC > f*MC"},
+    {op::LOG_SOFTMAX_GRAD, "f*MC f*MC > f*MC"},
+    {op::CROSS_ENTROPY, "f*MC i#M > f#1 i#1 f*MC?"},
+    {op::MSE, "f#N f#N > f#1 i#1 f#N?"},
+    {op::BCE_WITH_LOGITS, "f#N f#N > f#1 i#1 f#N?"},
+    {op::SGD, "f#N f#N f#N? > | ffb"},
+    {op::ADAM, "f#N f#N f#N f#N > | ffffb"},
+    {op::QUANTIZE, "f#N > b#N", check_quantized},
+    {op::DEQUANTIZE, "b#N > f#N", check_quantized},
+    {op::QLINEAR, "b*MI bOI iO fO > b*MO | qq", check_quantized_linear, "MIO", quantized_linear_workspace},
+    {op::QCONV2D, "bNHWC bOKLD iO fO > bNPQO | ssppsssqq", check_quantized_convolution, "NPQOKLD", quantized_convolution_workspace},
+    {op::QADD, "b#N b#N > b#N | ffqq", check_quantized},
+    {op::QMAX_POOL2D, "bNHWC > bNPQC | sssspp", check_quantized_pool, "NPQC01"},
+    {op::QAVG_POOL2D, "bNHWC > bNPQC | ssssppbf", check_quantized_pool, "NPQC01"},
+    {op::QLUT, "b#N b#256 > b#N"},
+};
+
+// ------------------------------------------------------------------------------------------------- the interpreter
+
+bool is_letter(char c) { return c >= 'A' && c <= 'Z'; }
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+bool bind(Context* c, char letter, uint64_t count, bool batched) {
+    Size& size = c->sizes[letter - 'A'];
+    if (!size.count) size = Size{count, batched};
+    return size.count == count && size.batched == batched;
+}
+
+bool dtype_fits(Context* c, char expected, DType dtype) {
+    switch (expected) {
+        case 'f': return dtype == DType::kF32;
+        case 'b': return dtype == DType::kI8;
+        case 'u': return dtype == DType::kU8;
+        case 'i': return dtype == DType::kI32;
+        case 'j': return dtype == DType::kU8 || dtype == DType::kI32;
+        default:
+            if (!c->any_bound) c->any_dtype = dtype;
+            c->any_bound = true;
+            return dtype == c->any_dtype;
+    }
+}
+
+// Matches one tensor with one operand's pattern and moves past the pattern.
+bool operand_fits(Context* c, const Tensor& tensor, const char** pattern) {
+    const char* p = *pattern;
+    bool fits = dtype_fits(c, *p++, tensor.dtype);
+    if (*p == '#') {
+        ++p;
+        if (is_letter(*p)) {
+            fits = fits && bind(c, *p++, tensor.elements, tensor.batched);
+        } else {
+            uint64_t count = 0;
+            for (; is_digit(*p); ++p) count = count * 10 + uint64_t(*p - '0');
+            fits = fits && tensor.elements == count && !tensor.batched;
+        }
+    } else {
+        bool product = *p == '*';
+        if (product) ++p;
+        uint32_t letters = 0;
+        while (is_letter(p[letters])) ++letters;
+        uint32_t leading = product && tensor.rank + 1 >= letters ? tensor.rank + 1 - letters : product ? 0 : 1;
+        fits = fits && (product ? tensor.rank + 1 >= letters : tensor.rank == letters);
+        uint32_t axis = 0;
+        for (uint32_t i = 0; i < letters && fits; ++i) {
+            uint32_t axes = i == 0 ? leading : 1;
+            uint64_t count = 1;
+            bool batched = tensor.batched && axis == 0 && axes > 0;
+            for (uint32_t end = axis + axes; axis < end; ++axis) count *= tensor.dims[axis];
+            fits = bind(c, p[i], count, batched);
+        }
+        p += letters;
+    }
+    if (*p == '?') ++p;
+    *pattern = p;
+    return fits;
+}
+
+bool attribute_fits(char kind, Attribute attribute) {
+    int32_t i = attribute.i;
+    switch (kind) {
+        case 's': return i >= 1 && i <= 32768;
+        case 'p': return i >= 0 && i <= 32768;
+        case 'n': return i >= 0;
+        case 'b': return i == 0 || i == 1;
+        case 'q': return i >= -128 && i <= 127;
+        case 'a': return i >= activation::NONE && i <= activation::RELU6;
+        case 'k': return i > activation::NONE && i <= activation::SILU;
+        case 'f': return isfinite(attribute.f);
+        default: return true;
+    }
+}
+
+bool overlap(const Tensor& a, const Tensor& b) {
+    if (a.region != b.region) return false;
+    if (a.region >= Region::kInput) return a.offset == b.offset;
+    return a.offset < b.end() && b.offset < a.end();
+}
+
+bool same_place(const Tensor& a, const Tensor& b) {
+    return a.region == b.region && a.offset == b.offset && a.bytes == b.bytes && a.batched == b.batched;
+}
+
+// Writes go to the arena, to outputs, and by `updates` to persistent memory; nothing is overwritten that is still read.
+const char* check_memory(const Context& c, const Signature& signature) {
+    uint32_t operands = uint32_t(c.op.inputs) + c.op.outputs;
+    for (uint32_t i = 0; i < operands; ++i) {
+        const Tensor& written = c.operand(i);
+        bool is_output = i >= c.op.inputs, is_update = !is_output && i < 8 && (signature.updates >> i & 1);
+        if (!is_output && !is_update) continue;
+        if (is_output && written.region != Region::kArena && written.region != Region::kOutput) {
+            return "it writes memory that is not its to write";
+        }
+        if (is_update && written.region != Region::kState && written.region != Region::kSlots) {
+            return "it updates something that is not persistent";
+        }
+        for (uint32_t j = 0; j < operands; ++j) {
+            const Tensor& other = c.operand(j);
+            if (j == i || !overlap(written, other)) continue;
+            bool may_share = i == c.op.inputs && j < c.op.inputs && j < 8 && (signature.inplace >> j & 1);
+            if (!may_share || !same_place(written, other)) return "its operands overlap";
+        }
+    }
+    return nullptr;
+}
+
+uint64_t saturating_product(uint64_t a, uint64_t b) {
+    uint64_t product;
+    return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
+}
+
+uint64_t amount_of_work(const Context& c, const char* formula) {
+    uint64_t work = 1;
+    if (formula) {
+        for (const char* p = formula; *p; ++p) work = saturating_product(work, is_letter(*p) ? c[*p] : uint64_t(c.attribute(uint32_t(*p - '0'))));
+        return work;
+    }
+    for (uint32_t i = 0; i < uint32_t(c.op.inputs) + c.op.outputs; ++i) work += c.operand(i).elements;
+    return work;
+}
+
+int32_t find_variable(const Model& model, const Tensor& tensor, bool trainable) {
+    for (size_t i = 0; i < model.variables.size; ++i) {
+        const Variable& variable = model.variables[i];
+        if (tensor.region == Region::kState && variable.offset == tensor.offset && variable.bytes == tensor.bytes &&
+            variable.trainable == trainable && variable.dtype == tensor.dtype) {
+            return int32_t(i);
+        }
+    }
+    return kNoVariable;
+}
+
+// What an operation updates is a whole variable of the right kind, or optimiser state.
+const char* check_updates(const Model& model, const Context& c, const Signature& signature, Op* op) {
+    for (uint32_t i = 0; i < op->inputs && i < 8; ++i) {
+        if (!(signature.updates >> i & 1)) continue;
+        if (is_optimizer(op->code) && i > 0) {
+            if (c.input(i).region != Region::kSlots) return "its state is not in the optimiser's slots";
+            continue;
+        }
+        int32_t variable = find_variable(model, c.input(i), is_optimizer(op->code));
+        if (variable == kNoVariable) return "it updates something that is not a variable of its kind";
+        if (is_optimizer(op->code)) op->variable = variable;
+    }
+    return nullptr;
+}
+
+const char* check_operands(Context* c, const Signature& signature, const Rule& rule, uint32_t* culprit) {
+    const char* p = rule.operands;
+    *culprit = 0;
+    for (uint32_t position = 0; *p && *p != '|';) {
+        if (*p == ' ') {
+            ++p;
+        } else if (*p == '>') {
+            position = signature.most_inputs;  // outputs follow
+            *culprit = c->op.inputs;
+            ++p;
+        } else {
+            bool is_input = position < signature.most_inputs;
+            uint32_t index = is_input ? position : position - signature.most_inputs;
+            if (index < (is_input ? c->op.inputs : c->op.outputs)) {
+                *culprit = is_input ? index : c->op.inputs + index;
+                if (!operand_fits(c, c->operand(*culprit), &p)) return "its shape or dtype does not fit the other operands";
+            } else {
+                while (*p != ' ' && *p) ++p;
+            }
+            ++position;
+        }
+    }
+    if (*p == '|') {
+        p += 2;
+        for (uint32_t i = 0; p[i]; ++i) {
+            *culprit = i;
+            if (!attribute_fits(p[i], c->op.attributes[i])) return "attribute out of range";
+        }
+    }
+    return nullptr;
+}
+
+void describe(const Tensor& tensor, char (&text)[128]) {
+    static const char* const kDtypes[] = {"?", "float32", "int8", "uint8", "int32"};
+    int length = snprintf(text, sizeof text, "%s[", kDtypes[uint8_t(tensor.dtype)]);
+    for (uint32_t i = 0; i < tensor.rank; ++i) {
+        length += snprintf(text + length, sizeof text - size_t(length), i ? ", %u" : "%u", tensor.dims[i]);
+    }
+    snprintf(text + length, sizeof text - size_t(length), tensor.batched ? "] batched" : "]");
+}
+
+constexpr uint64_t kMostWork = uint64_t(1) << 42;  // multiply-adds of one run: minutes on a phone
+
+evensong_status verify_program(const Model& model, Program* program, Report* report) {
+    uint64_t total_work = 0;
+    bool updated = false;
+    for (size_t number = 0; number < program->ops.size; ++number) {
+        Op& op = program->ops[number];
+        const Signature* signature = nullptr;
+        for (const Signature& row : kSignatures) {
+            if (row.code == op.code) signature = &row;
+        }
+        const Rule* rule = nullptr;
+        for (const Rule& row : kRules) {
+            if (row.code == op.code) rule = &row;
+        }
+        if (!signature || !rule) return report->fail(EVENSONG_PROGRAM, "operation code %u has no rule", op.code);
+
+        Context context(*program, op);
+        uint32_t culprit;
+        if (const char* wrong = check_operands(&context, *signature, *rule, &culprit)) {
+            char shape[128] = "";
+            if (wrong[0] == 'i') describe(context.operand(culprit), shape);
+            return report->fail(EVENSONG_PROGRAM, "%s (operation %zu of '%s'), operand %u: %s; got %s", signature->name, number,
+                                program->name, culprit, wrong, shape);
+        }
+        const char* wrong = rule->check ? rule->check(context) : nullptr;
+        if (!wrong) wrong = check_memory(context, *signature);
+        if (!wrong) wrong = check_updates(model, context, *signature, &op);
+        if (!wrong && rule->workspace && rule->workspace(context) > program->workspace_bytes) wrong = "its workspace is too small";
+        if (!wrong && updated && is_loss(op.code)) wrong = "a loss stands after an update";
+        if (wrong) return report->fail(EVENSONG_PROGRAM, "%s (operation %zu of '%s'): %s", signature->name, number, program->name, wrong);
+
+        updated = updated || is_optimizer(op.code);
+        uint64_t work = amount_of_work(context, rule->work);
+        if (work > kMostWork - total_work) return report->fail(EVENSONG_PROGRAM, "'%s' takes too long to run", program->name);
+        total_work += work;
+    }
+    return EVENSONG_OK;
+}
+
+}  // namespace
+
+bool is_optimizer(uint16_t code) { return code == op::SGD || code == op::ADAM; }
+bool is_loss(uint16_t code) { return code >= op::CROSS_ENTROPY && code <= op::BCE_WITH_LOGITS; }
+
+evensong_status verify(Model* model, Report* report) {
+    for (Program& program : model->programs) {
+        if (evensong_status status = verify_program(*model, &program, report)) return status;
+    }
+    return EVENSONG_OK;
+}
+
+}  // namespace evensong

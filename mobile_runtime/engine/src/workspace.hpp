@@ -1,0 +1,63 @@
+// How much packing workspace an operation may use: protos/evensong/wire/workspace.py in C++. A test holds the two equal.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace evensong {
+namespace workspace {
+
+constexpr uint64_t kPanel = 32;                     // columns of the widest panel that any instruction set packs
+constexpr uint64_t kDepth = 256;                    // rows of a panel packed at a time where not all are needed
+constexpr uint64_t kDotRows = 32;                   // a LINEAR with at most this many rows packs nothing
+constexpr uint64_t kPatchElements = 24 * 1024;      // elements of one block of patches ...
+constexpr uint64_t kLeastPatches = 16;              // ... but never fewer patches than this
+constexpr uint64_t kMostPatches = 256;              // ... nor more
+constexpr uint64_t kWeightElements = 256 * 1024;    // elements of one block of packed weights, if one panel fits
+
+constexpr uint64_t kInt8Weights = 64 * 1024;        // weights of one packed block of an int8 product, if one panel fits
+constexpr uint64_t kInt8Rows = 8;                   // rows of patches that the int8 product takes at a time
+constexpr uint64_t kInt8Slack = 192;                // bytes that whole vectors may run over the last row
+
+constexpr uint64_t round_up(uint64_t size, uint64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+constexpr uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
+constexpr uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
+constexpr uint64_t greatest_common_divisor(uint64_t a, uint64_t b) { return b ? greatest_common_divisor(b, a % b) : a; }
+
+// Elements from one row of a block of patches to the next: whole panels, and an odd number of cache lines.
+constexpr uint64_t patch_stride(uint64_t depth) { return round_up(depth, kPanel) + kPanel / 2; }
+
+constexpr uint64_t patch_rows(uint64_t depth, uint64_t pixels) {
+    return smaller(pixels, larger(kLeastPatches, smaller(kMostPatches, kPatchElements / patch_stride(depth))));
+}
+
+constexpr uint64_t patch_elements(uint64_t depth, uint64_t pixels) {
+    return patch_stride(depth) * patch_rows(depth, pixels);
+}
+
+// Columns of weights packed at a time: a multiple of kPanel.
+constexpr uint64_t weight_columns(uint64_t depth, uint64_t columns) {
+    return smaller(round_up(columns, kPanel), larger(kPanel, kWeightElements / depth / kPanel * kPanel));
+}
+
+constexpr uint64_t weight_elements(uint64_t depth, uint64_t columns) { return depth * weight_columns(depth, columns); }
+
+// Columns of int8 weights packed at a time: a multiple of kPanel.
+constexpr uint64_t int8_columns(uint64_t depth, uint64_t columns) {
+    return smaller(round_up(columns, kPanel), larger(kPanel, kInt8Weights / round_up(depth, 4) / kPanel * kPanel));
+}
+
+// Packed int8 weights (as int16 where the CPU cannot multiply bytes), one int32 a column, and rows of patches; in bytes.
+constexpr uint64_t int8_product_bytes(uint64_t depth, uint64_t columns) {
+    return (2 * round_up(depth, 4) + 4) * int8_columns(depth, columns) +
+           round_up((2 * kInt8Rows + 1) * round_up(depth, 4), 64) + kInt8Slack;
+}
+
+// Taps of the kernel that the pixels of one phase of the stride meet, along one axis.
+constexpr uint64_t phase_taps(uint64_t kernel, uint64_t stride, uint64_t dilation) {
+    uint64_t step = stride / greatest_common_divisor(stride, dilation);
+    return (kernel + step - 1) / step;
+}
+
+}  // namespace workspace
+}  // namespace evensong
