@@ -69,27 +69,30 @@ EVENSONG_INLINE Ints lane_numbers() {
 }
 
 // The first `count` < kLanes elements; the other lanes are zero. No byte beyond them is touched.
-EVENSONG_INLINE Floats load_partial(const float* p, size_t count) {
 #if EVENSONG_LANES == 16
+EVENSONG_INLINE Floats load_partial(const float* p, size_t count) {
     return Floats(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+}
+EVENSONG_INLINE void store_partial(float* p, Floats v, size_t count) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v));
+}
 #elif EVENSONG_LANES == 8
+EVENSONG_INLINE Floats load_partial(const float* p, size_t count) {
     return Floats(_mm256_maskload_ps(p, __m256i(lane_numbers() < splat(int32_t(count)))));
-#else
+}
+EVENSONG_INLINE void store_partial(float* p, Floats v, size_t count) {
+    _mm256_maskstore_ps(p, __m256i(lane_numbers() < splat(int32_t(count))), __m256(v));
+}
+#else  // calls, not inlined: they are rare, and their loops would double the library
+__attribute__((noinline, unused)) static Floats load_partial(const float* p, size_t count) {
     float lanes[kLanes] = {};
     for (size_t i = 0; i < count; ++i) lanes[i] = p[i];
     return load(lanes);
-#endif
 }
-
-EVENSONG_INLINE void store_partial(float* p, Floats v, size_t count) {
-#if EVENSONG_LANES == 16
-    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v));
-#elif EVENSONG_LANES == 8
-    _mm256_maskstore_ps(p, __m256i(lane_numbers() < splat(int32_t(count))), __m256(v));
-#else
+__attribute__((noinline, unused)) static void store_partial(float* p, Floats v, size_t count) {
     for (size_t i = 0; i < count; ++i) p[i] = v[i];
-#endif
 }
+#endif
 
 // `count` elements, at most kLanes of them are used.
 EVENSONG_INLINE Floats load_upto(const float* p, size_t count) {
@@ -120,7 +123,7 @@ EVENSONG_INLINE Floats with_sign_of(Floats magnitude, Floats sign) {
 
 EVENSONG_INLINE Floats square_root(Floats v) {
 #if EVENSONG_LANES == 16
-    return Floats(_mm512_sqrt_ps(__m512(v)));
+    return Floats(_mm512_maskz_sqrt_ps(0xffff, __m512(v)));
 #elif EVENSONG_LANES == 8
     return Floats(_mm256_sqrt_ps(__m256(v)));
 #elif defined(__SSE2__)
@@ -177,29 +180,6 @@ EVENSONG_INLINE bool any(Ints mask) {
     return bits != 0;
 #endif
 }
-
-// A long sum of vectors: float lanes for a short stretch, then double, so that the error does not grow with the length.
-struct LongSum {
-    Floats lanes = {};
-    double total = 0;
-    uint32_t pending = 0;
-
-    __attribute__((always_inline)) void add(Floats v) {
-        lanes += v;
-        if (__builtin_expect(++pending == 32, 0)) flush();
-    }
-    __attribute__((always_inline)) double value() {
-        flush();
-        return total;
-    }
-
-  private:
-    __attribute__((always_inline)) void flush() {
-        for (size_t i = 0; i < kLanes; ++i) total += double(lanes[i]);
-        lanes = Floats{};
-        pending = 0;
-    }
-};
 
 }  // namespace EVENSONG_ISA
 }  // namespace evensong

@@ -1,0 +1,197 @@
+// Int8 matrix products: y[r, o] = requantise(bias[o] + sum over k of x[r, k] w[o, k]).
+//
+// Two forms. Few rows: one dot product along k for each output, weights read once where they lie (`DotForm`). Many
+// rows: weights are repacked so that lanes are outputs, and a tile of rows multiplies a panel of two vectors
+// (`PanelForm`).
+#pragma once
+
+#include "int8_vec.hpp"
+#include "workspace.hpp"
+
+namespace evensong {
+namespace EVENSONG_ISA {
+
+// What both forms need to know. `w_end` is one past the last weight of the whole tensor.
+struct Int8Layer {
+    const int8_t* w;  // [outputs, depth]
+    const int8_t* w_end;
+    const int32_t* bias;      // [outputs]
+    const float* multiplier;  // [outputs]
+    size_t depth, outputs;
+    size_t stride;  // from one row of y to the next
+    Requantizer requantize;
+};
+
+// ------------------------------------------------------------------------------------------------- few rows
+
+// One step of a dot product: as many bytes of x and w as fill a vector of cells.
+constexpr size_t kDotStep = kLanes * kGroup;
+
+#if defined(__AVX512VNNI__)
+// Here the weights take the unsigned side, so that x needs no change: (w + 128) x, less 128 x once for each row of x.
+EVENSONG_INLINE Ints dot_activations(const int8_t* x) { return load_as<Ints>(x); }
+EVENSONG_INLINE Ints dot_weights(const int8_t* w) { return load_as<Ints>(w) ^ int32_t(0x80808080); }
+EVENSONG_INLINE Ints dot_step(Ints sum, Ints x, Ints w) { return dot_groups(sum, w, x); }
+#else
+typedef int8_t DotBytes __attribute__((vector_size(kDotStep)));
+EVENSONG_INLINE Ints dot_activations(const int8_t* x) {
+    return Ints(__builtin_convertvector(load_as<DotBytes>(x), Shorts));
+}
+EVENSONG_INLINE Ints dot_weights(const int8_t* w) { return dot_activations(w); }
+EVENSONG_INLINE Ints dot_step(Ints sum, Ints x, Ints w) { return dot_groups(sum, x, w); }
+#endif
+
+// The sums of four vectors, one to a lane.
+EVENSONG_INLINE Ints4 sum_each(const Ints* v) {
+    const Ints4 a = fold_to_four<Ints4>(v[0]), b = fold_to_four<Ints4>(v[1]);
+    const Ints4 c = fold_to_four<Ints4>(v[2]), d = fold_to_four<Ints4>(v[3]);
+    const Ints4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Ints4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+// y[outputs] of one row x[depth].
+static void multiply_row(const Int8Layer& layer, const int8_t* x, int8_t* y) {
+    const size_t depth = layer.depth, whole = depth / kDotStep * kDotStep, rest = depth - whole;
+    int8_t buffer[kDotStep] = {};
+    __builtin_memcpy(buffer, x + whole, rest);
+    const Ints x_rest = dot_activations(buffer);
+
+    Ints start = dot_step(Ints{}, x_rest, offset_groups());
+    for (size_t k = 0; k < whole; k += kDotStep) start = dot_step(start, dot_activations(x + k), offset_groups());
+    start = -start;
+
+    for (size_t o = 0; o < layer.outputs; o += 4) {
+        const size_t live = layer.outputs - o < 4 ? layer.outputs - o : 4;
+        const int8_t* w[4];
+        for (size_t j = 0; j < 4; ++j) w[j] = layer.w + (j < live ? o + j : o) * depth;
+        Ints sums[4] = {start, start, start, start};
+        for (size_t k = 0; k < whole; k += kDotStep) {
+            const Ints cells = dot_activations(x + k);
+            for (size_t j = 0; j < 4; ++j) sums[j] = dot_step(sums[j], cells, dot_weights(w[j] + k));
+        }
+        if (rest) {
+            for (size_t j = 0; j < 4; ++j) {
+                const int8_t* last = w[j] + whole;  // may run into the next row: there x is zero
+                if (layer.w_end - last < ptrdiff_t(kDotStep)) {
+                    __builtin_memcpy(buffer, last, rest);
+                    last = buffer;
+                }
+                sums[j] = dot_step(sums[j], x_rest, dot_weights(last));
+            }
+        }
+        int32_t bias[4] = {};
+        float multiplier[4] = {};
+        __builtin_memcpy(bias, layer.bias + o, live * sizeof *bias);
+        __builtin_memcpy(multiplier, layer.multiplier + o, live * sizeof *multiplier);
+        const Ints4 sum = sum_each(sums) + load_as<Ints4>(bias);
+        const Ints4 result = layer.requantize(__builtin_convertvector(sum, Floats4) * load_as<Floats4>(multiplier));
+        for (size_t j = 0; j < live; ++j) y[o + j] = int8_t(result[j]);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- many rows
+
+constexpr size_t kPanelColumns = 2 * kLanes;
+
+// Repacks weights [outputs, depth] into panels [depth / kGroup][kPanelColumns][kGroup], zero beyond both ends, and the
+// bias less what the cells' offset will add.
+static void pack_weights(const Int8Layer& layer, size_t first, size_t columns, WeightCell* packed, int32_t* bias) {
+    const size_t depth = layer.depth, groups = (depth + kGroup - 1) / kGroup, panel = groups * kGroup * kPanelColumns;
+    for (size_t column = 0; column < columns; ++column) {
+        WeightCell* to = packed + column / kPanelColumns * panel + column % kPanelColumns * kGroup;
+        const bool exists = first + column < layer.outputs;
+        const int8_t* from = layer.w + (first + column) * depth;
+        for (size_t k = 0; k < groups * kGroup; k += kGroup, to += kPanelColumns * kGroup) {
+            if (exists && k + kGroup <= depth) {
+                for (size_t i = 0; i < kGroup; ++i) to[i] = from[k + i];
+            } else {
+                for (size_t i = 0; i < kGroup; ++i) to[i] = exists && k + i < depth ? from[k + i] : 0;
+            }
+        }
+        bias[column] = exists ? layer.bias[first + column] : 0;
+    }
+    if (kGroup == 2) return;
+    for (size_t column = 0; column < columns; column += kLanes) {
+        const WeightCell* from = packed + column / kPanelColumns * panel + column % kPanelColumns * kGroup;
+        Ints excess = {};
+        for (size_t g = 0; g < groups; ++g) {
+            excess = dot_groups(excess, offset_groups(), load_as<Ints>(from + g * kPanelColumns * kGroup));
+        }
+        store_as(bias + column, load_as<Ints>(bias + column) - excess);
+    }
+}
+
+// The cells of x[depth]. Up to a vector beyond the depth may be written, and read as long as it lies before `x_end`.
+EVENSONG_INLINE void fill_cells(const int8_t* x, const int8_t* x_end, size_t depth, Cell* cells) {
+    constexpr size_t kStep = sizeof(Ints) / sizeof(Cell);
+    for (size_t k = 0; k < depth; k += kStep) {
+        int8_t buffer[kStep];
+        const int8_t* from = x + k;
+        if (x_end - from < ptrdiff_t(kStep)) {
+            for (size_t i = 0; i < kStep; ++i) buffer[i] = k + i < depth ? from[i] : 0;
+            from = buffer;
+        }
+#if defined(__AVX512VNNI__)
+        store_as(cells + k, load_as<Ints>(from) ^ int32_t(0x80808080));
+#else
+        store_as(cells + k, dot_activations(from));
+#endif
+    }
+}
+
+// y[rows, columns] of a tile of kRows rows of cells (those beyond `rows` are computed and dropped) and one panel.
+template <size_t kVectors>
+static void multiply_tile(const Int8Layer& layer, const Cell* cells, size_t cell_stride, size_t rows,
+                          const WeightCell* panel, const int32_t* bias, size_t first, int8_t* y) {
+    const size_t groups = cell_stride / kGroup;
+    Ints sums[kRows][kVectors];
+    for (size_t v = 0; v < kVectors; ++v) {
+        for (size_t r = 0; r < kRows; ++r) sums[r][v] = load_as<Ints>(bias + v * kLanes);
+    }
+    for (size_t g = 0; g < groups; ++g, panel += kPanelColumns * kGroup) {
+        Ints weights[kVectors];
+        for (size_t v = 0; v < kVectors; ++v) weights[v] = load_as<Ints>(panel + v * kLanes * kGroup);
+        for (size_t r = 0; r < kRows; ++r) {
+            const Ints same = splat(load_as<int32_t>(cells + r * cell_stride + g * kGroup));
+            for (size_t v = 0; v < kVectors; ++v) sums[r][v] = dot_groups(sums[r][v], same, weights[v]);
+        }
+    }
+    for (size_t v = 0; v < kVectors; ++v) {
+        const size_t column = first + v * kLanes, live = layer.outputs - column;
+        const Floats multiplier = load_upto(layer.multiplier + column, live);
+        for (size_t r = 0; r < kRows; ++r) {
+            if (r >= rows) break;
+            store_bytes(y + r * layer.stride + column, layer.requantize(to_float(sums[r][v]) * multiplier), live);
+        }
+    }
+}
+
+// All rows. `cells_of(row, cells)` writes one row of cells, see fill_cells; it is called in order, once for each block
+// of weights.
+template <class CellsOf>
+EVENSONG_INLINE void multiply_rows(const Int8Layer& layer, size_t rows, int8_t* y, char* workspace, CellsOf cells_of) {
+    const size_t depth = (layer.depth + 3) / 4 * 4, block = workspace::int8_columns(layer.depth, layer.outputs);
+    const size_t cell_stride = (layer.depth + kGroup - 1) / kGroup * kGroup;
+    WeightCell* packed = reinterpret_cast<WeightCell*>(workspace);
+    int32_t* bias = reinterpret_cast<int32_t*>(workspace + 2 * depth * block);
+    Cell* cells = reinterpret_cast<Cell*>(bias + block);
+    for (size_t first = 0; first < layer.outputs; first += block) {
+        const size_t left = layer.outputs - first;
+        const size_t columns = left < block ? (left + kPanelColumns - 1) / kPanelColumns * kPanelColumns : block;
+        pack_weights(layer, first, columns, packed, bias);
+        for (size_t row = 0; row < rows; row += kRows) {
+            const size_t live = rows - row < kRows ? rows - row : kRows;
+            for (size_t r = 0; r < live; ++r) cells_of(row + r, cells + r * cell_stride);
+            for (size_t c = 0; c < columns; c += kPanelColumns) {
+                const WeightCell* panel = packed + c * cell_stride;
+                const bool both = first + c + kLanes < layer.outputs;
+                const auto multiply = both ? multiply_tile<2> : multiply_tile<1>;
+                multiply(layer, cells, cell_stride, live, panel, bias + c, first + c, y + row * layer.stride);
+            }
+        }
+    }
+}
+
+}  // namespace EVENSONG_ISA
+}  // namespace evensong
