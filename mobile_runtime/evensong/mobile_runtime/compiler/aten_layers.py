@@ -336,7 +336,7 @@ def embedding_bag(
     b: Builder,
     table: View,
     ids: View,
-    offsets: range,
+    offsets: View,
     scale_grad_by_freq: bool = False,
     mode: int = 0,
     sparse: bool = False,
@@ -346,14 +346,17 @@ def embedding_bag(
 ) -> list[View | None]:
     """``EmbeddingBag`` over rows of equal length (ids [n, L], no offsets), sum or mean."""
     require(mode in (0, 1), "an embedding bag with mode='max'")
-    require(isinstance(offsets, range), "an embedding bag with offsets", expected="ids of shape [n, L] and no offsets")
+    starts = offsets.value.root.data
+    count = offsets.shape[0]
+    length = ids.shape[0] // count
+    even = starts is not None and bool(np.array_equal(starts, np.arange(count) * length))
+    require(even, "an embedding bag with offsets", expected="ids of shape [n, L] and no offsets")
     require(per_sample_weights is None and padding_idx in (None, -1), "an embedding bag with weights or padding_idx")
     _check_ids(ids)
-    length = offsets.step
-    bags = reshaped(b.graph, ids, (len(offsets), length), b.place)
+    bags = reshaped(b.graph, ids, (count, length), b.place)
     b.shape = (*bags.shape, table.shape[1])
     rows = embedding(b, table, bags, scale_grad_by_freq=scale_grad_by_freq)
-    b.shape = (len(offsets), table.shape[1])
+    b.shape = (count, table.shape[1])
     return [(mean if mode == 1 else sum_dim)(b, rows, [1]), None, None, None]
 
 

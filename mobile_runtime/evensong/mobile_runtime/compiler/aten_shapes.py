@@ -91,11 +91,6 @@ def chunk(b: Builder, x: View, chunks: int, dim: int = 0) -> list[View]:
     return split(b, x, -(-x.shape[x.axis(dim)] // chunks), dim)
 
 
-def arange(b: Builder, start: int, end: int, step: int = 1, **kwargs: Any) -> range:
-    """Only as the offsets of an embedding bag."""
-    return range(start, end, step)
-
-
 def item(b: Builder, results: Sequence[View | None], index: int) -> View:
     """One of several results."""
     result = results[index]
@@ -149,6 +144,5 @@ TABLE: dict[str, Callable[..., Any]] = {
     "aten.split.Tensor": split,
     "aten.split_with_sizes.default": split,
     "aten.chunk.default": chunk,
-    "aten.arange.start_step": arange,
     operator.getitem.__name__: item,
 }

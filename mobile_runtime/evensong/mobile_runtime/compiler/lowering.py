@@ -11,9 +11,9 @@ import torch
 from evensong.mobile_runtime.compiler import aten_layers, aten_pointwise, aten_shapes
 from evensong.mobile_runtime.compiler.builder import Builder
 from evensong.mobile_runtime.compiler.export import Trace, module_path, source_line
-from evensong.mobile_runtime.compiler.ir import Graph, Value
+from evensong.mobile_runtime.compiler.ir import Graph, Value, constant
 from evensong.mobile_runtime.compiler.layout import PROBE_BATCH, View, canonical
-from evensong.mobile_runtime.compiler.weights import Weights
+from evensong.mobile_runtime.compiler.weights import Weights, as_array
 from evensong.mobile_runtime.errors import CompileError, UnsupportedOperation
 from evensong.wire.program import DType, Region
 
@@ -49,7 +49,8 @@ def lower(trace: Trace, weights: Weights, name: str) -> Forward:
             else:
                 known[node] = _input(graph, node)
         elif node.op == "call_function" and node in needed:
-            known[node] = _call(builder, node, known, weights)
+            folded = _folded(node, known, weights)
+            known[node] = _call(builder, node, known, weights) if folded is None else folded
         elif node.op == "get_attr":
             raise UnsupportedOperation(f"the traced graph holds a {node.op} node ({node.target})")
     result = _resolve(known[trace.output], weights)
@@ -106,9 +107,33 @@ def _call(builder: Builder, node: torch.fx.Node, known: dict[torch.fx.Node, Any]
         ) from None
 
 
+def _folded(node: torch.fx.Node, known: dict[torch.fx.Node, Any], weights: Weights) -> Any:
+    """The result of a call that no example and no trained weight changes: computed here, once. Else None."""
+    tensors = {}
+    for source in node.all_input_nodes:
+        value = known[source]
+        if isinstance(value, Persistent) and value.name not in weights.trainable:
+            value = weights.tensor(value.name)
+        if isinstance(value, (View, Persistent)) or (isinstance(value, list) and not _all_tensors(value)):
+            return None
+        tensors[source] = value
+    with torch.no_grad():
+        result = node.target(  # type: ignore[operator]  # a call_function node's target is callable
+            *torch.fx.map_arg(node.args, tensors.__getitem__), **torch.fx.map_arg(node.kwargs, tensors.__getitem__)
+        )
+    return list(result) if isinstance(result, tuple) else result
+
+
+def _all_tensors(values: list[Any]) -> bool:
+    return all(isinstance(value, torch.Tensor) for value in values)
+
+
 def _resolve(known: Any, weights: Weights) -> Any:
     if isinstance(known, Persistent):
         return weights.view(known.name)
+    if isinstance(known, torch.Tensor):
+        data = as_array(known, "a constant computed in forward()")
+        return canonical(constant(data, "constant"), data.shape)
     return known
 
 

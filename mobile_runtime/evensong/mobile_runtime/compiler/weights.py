@@ -34,7 +34,7 @@ class Weights:
     def view(self, name: str) -> View:
         """The author's view of a persistent tensor: STATE if it is trainable, else CONST."""
         if name not in self._views:
-            data = self.array(name)
+            data = as_array(self._tensors[name], name)
             order = self._orders.get(name, tuple(range(data.ndim)))
             region = Region.STATE if name in self.trainable else Region.CONST
             content = np.ascontiguousarray(data.transpose(order))
@@ -52,19 +52,9 @@ class Weights:
         value.region = Region.STATE
         self.flags[value] = VariableFlag.BUFFER
 
-    def array(self, name: str) -> Data:
-        """The author's tensor as a float32 or int32 array."""
-        tensor = self._tensors[name].detach().cpu()
-        if tensor.dtype in (torch.int64, torch.int32, torch.bool):
-            return tensor.numpy().astype(np.int32)
-        if not tensor.dtype.is_floating_point:
-            raise CompileError(
-                f"{name} has a dtype that the runtime does not know", expected="float32", got=str(tensor.dtype)
-            )
-        data = tensor.to(torch.float32).numpy()
-        if not np.isfinite(data).all():
-            raise CompileError(f"{name} is not finite", fix="Initialise the model before compiling it.")
-        return data.copy()
+    def tensor(self, name: str) -> torch.Tensor:
+        """A copy of the author's tensor."""
+        return self._tensors[name].detach().cpu().clone()
 
     @property
     def variables(self) -> list[Value]:
@@ -73,6 +63,19 @@ class Weights:
         return [
             self._views[name].value for name in self._tensors if name in self._views and self._views[name].value in used
         ]
+
+
+def as_array(tensor: torch.Tensor, name: str) -> Data:
+    """``tensor`` as a float32 or int32 array of its own; ``name`` is for the message when it cannot be one."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype in (torch.int64, torch.int32, torch.bool):
+        return tensor.numpy().astype(np.int32)
+    if not tensor.dtype.is_floating_point:
+        raise CompileError(f"{name} has an unknown dtype", expected="float32 or an integer", got=str(tensor.dtype))
+    data = tensor.to(torch.float32).numpy()
+    if not np.isfinite(data).all():
+        raise CompileError(f"{name} is not finite", fix="Initialise the model before compiling it.")
+    return data.copy()
 
 
 def trainable_names(model: nn.Module, trainable: Sequence[str] | str | None) -> list[str]:

@@ -1,0 +1,236 @@
+"""Every supported layer and call, forward and gradient, against torch: each stands between trainable layers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compile_harness import assert_trains_like_torch, classified, normal
+
+from evensong.mobile_runtime.compiler import zoo
+
+pytestmark = pytest.mark.torch
+
+N, CLASSES = 5, 3
+
+
+class Between(nn.Module):
+    """A trainable layer, the part under test, and a linear head on its flattened result."""
+
+    def __init__(
+        self, first: nn.Module, part: nn.Module | Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]
+    ):
+        super().__init__()
+        self.first = first
+        self.part = part
+        with torch.no_grad():
+            self.features = self.eval().part(self.first(torch.zeros(2, *shape))).flatten(1).shape[1]
+        self.head = nn.Linear(self.features, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.part(self.first(x)).flatten(1))
+
+
+class Attention(nn.Module):
+    """A squeeze-and-excitation gate: one factor for each channel of each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(self.gate(x.mean(dim=(2, 3))))[:, :, None, None]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.conv(x))
+
+
+class Position(nn.Module):
+    """A learned row added to every example, and a learned factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(1, 4, 6))
+        self.gain = nn.Parameter(torch.randn(4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * (x + self.offset)
+
+
+class Tied(nn.Module):
+    """One weight used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.tanh(self.linear(x)))
+
+
+IMAGE = {
+    "conv 3x3": nn.Conv2d(4, 6, 3),
+    "conv same": nn.Conv2d(4, 6, (3, 4), padding="same"),
+    "conv stride": nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(1, 2)),
+    "conv dilation": nn.Conv2d(4, 6, 2, dilation=2),
+    "conv groups": nn.Conv2d(4, 6, 3, groups=2, padding=1),
+    "conv depthwise": nn.Conv2d(4, 4, 3, groups=4, padding=1, stride=2),
+    "conv without bias": nn.Conv2d(4, 6, 1, bias=False),
+    "max pool": nn.MaxPool2d(2),
+    "max pool overlapping": nn.MaxPool2d(3, stride=2, padding=1),
+    "max pool ceil": nn.MaxPool2d(2, ceil_mode=True),
+    "relu then max pool": nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)),
+    "avg pool": nn.AvgPool2d(2),
+    "avg pool padded": nn.AvgPool2d(3, stride=2, padding=1),
+    "avg pool without padding": nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False),
+    "adaptive average 1": nn.AdaptiveAvgPool2d(1),
+    "adaptive average": nn.AdaptiveAvgPool2d((7, 1)),
+    "adaptive max": nn.AdaptiveMaxPool2d(1),
+    "batch norm": nn.BatchNorm2d(4),
+    "batch norm, relu, pool": nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+    "batch norm without affine": nn.BatchNorm2d(4, affine=False),
+    "layer norm over all": nn.LayerNorm((4, 7, 5)),
+    "residual": Residual(),
+    "squeeze and excitation": Attention(),
+    "concatenated branches": lambda x: torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3)), x[:, :, 0, 0]], dim=1),
+    "channel shuffle": lambda x: x.view(x.shape[0], 2, 2, 7, 5).transpose(1, 2).reshape(x.shape[0], 4, 7, 5),
+    "concat on channels": lambda x: torch.cat([x, torch.sigmoid(x)], dim=1),
+    "chunk": lambda x: torch.mul(*x.chunk(2, dim=1)),
+    "split": lambda x: torch.cat(x.split([1, 3], dim=1)[::-1], dim=2 - 1),
+    "slice": lambda x: x[:, 1:3, :, 2:],
+    "mean of height": lambda x: x.mean(dim=2),
+    "mean of the outer": lambda x: x.mean(dim=(1, 3)),
+    "permute": lambda x: x.permute(0, 3, 1, 2),
+    "softmax over channels": lambda x: F.softmax(x, dim=1),
+    "dropout in evaluation": nn.Dropout(0.0),
+}
+
+SIGNAL = {
+    "conv": nn.Conv1d(4, 5, 3),
+    "conv options": nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2),
+    "conv same": nn.Conv1d(4, 4, 3, padding="same"),
+    "max pool": nn.MaxPool1d(2),
+    "avg pool": nn.AvgPool1d(3, stride=1),
+    "adaptive average": nn.AdaptiveAvgPool1d(3),
+    "adaptive max": nn.AdaptiveMaxPool1d(1),
+    "batch norm": nn.BatchNorm1d(4),
+    "mean and max": lambda x: torch.cat([x.mean(-1), x.max(-1).values], dim=1),
+    "sum": lambda x: x.sum(dim=-1, keepdim=True),
+    "layer norm": nn.LayerNorm(6),
+    "positions": Position(),
+    "transpose and linear": lambda x: F.linear(x.transpose(1, 2), torch.ones(2, 4) / 3),
+}
+
+VECTOR = {
+    "relu": nn.ReLU(),
+    "relu in place": nn.ReLU(inplace=True),
+    "relu6": nn.ReLU6(),
+    "hardtanh": nn.Hardtanh(0, 6),
+    "clamp": lambda x: x.clamp(min=0),
+    "hardswish": nn.Hardswish(),
+    "gelu": nn.GELU(),
+    "gelu tanh": nn.GELU(approximate="tanh"),
+    "sigmoid": nn.Sigmoid(),
+    "tanh": nn.Tanh(),
+    "silu": nn.SiLU(),
+    "softmax": nn.Softmax(dim=1),
+    "log softmax": nn.LogSoftmax(dim=-1),
+    "layer norm": nn.LayerNorm(6),
+    "layer norm without affine": nn.LayerNorm(6, elementwise_affine=False),
+    "batch norm": nn.BatchNorm1d(6),
+    "tied": Tied(),
+    "scalars": lambda x: (2 * x - 1) / 3 + (1 - x) * 0.5 - (-x),
+    "square": lambda x: x**2 + x * x,
+    "fan-out": lambda x: torch.tanh(x) + torch.sigmoid(x) * x,
+    "subtract": lambda x: torch.tanh(x) - x,
+    "reshape": lambda x: x.view(-1, 2, 3).transpose(1, 2).flatten(1),
+    "squeeze": lambda x: x.unsqueeze(1).squeeze(1).contiguous().clone(),
+    "product with a constant": lambda x: x @ torch.arange(12.0).reshape(6, 2).div(10),
+    "rows per example": lambda x: F.log_softmax(x.reshape(-1, 3), dim=1).reshape(-1, 6),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE)
+def test_image_layers(name: str) -> None:
+    torch.manual_seed(3)
+    model = Between(nn.Conv2d(2, 4, 3, padding=1), IMAGE[name], (2, 7, 5))
+    assert_trains_like_torch(model, normal((N, 2, 7, 5)), classified(CLASSES, N), steps=3)
+
+
+@pytest.mark.parametrize("name", SIGNAL)
+def test_signal_layers(name: str) -> None:
+    torch.manual_seed(3)
+    model = Between(nn.Conv1d(2, 4, 3, padding=1), SIGNAL[name], (2, 6))
+    assert_trains_like_torch(model, normal((N, 2, 6)), classified(CLASSES, N), steps=3)
+
+
+@pytest.mark.parametrize("name", VECTOR)
+def test_vector_layers(name: str) -> None:
+    torch.manual_seed(3)
+    model = Between(nn.Linear(4, 6), VECTOR[name], (4,))
+    assert_trains_like_torch(model, normal((N, 4)), classified(CLASSES, N), steps=3)
+
+
+class Tokens(nn.Module):
+    """An embedding whose tokens are averaged, or a bag that does both."""
+
+    def __init__(self, bag: bool) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(11, 6, mode="mean") if bag else nn.Embedding(11, 6)
+        self.bag = bag
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.table(ids)
+        return self.head(rows if self.bag else rows.mean(dim=1))
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_tokens(bag: bool) -> None:
+    torch.manual_seed(3)
+    ids = np.random.default_rng(0).integers(0, 11, (N, 7)).astype(np.int32)
+    assert_trains_like_torch(Tokens(bag), ids, classified(CLASSES, N), steps=3)
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_other_losses(loss: str) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    target = np.random.default_rng(1).integers(0, 2, (N, 2)).astype(np.float32)
+    assert_trains_like_torch(model, normal((N, 4)), target, loss=loss)
+
+
+def test_cross_entropy_for_each_position() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv1d(2, 5, 3, padding=1), nn.ReLU(), nn.Conv1d(5, CLASSES, 1))
+    labels = np.random.default_rng(1).integers(0, CLASSES, (N, 6)).astype(np.int32)
+    assert_trains_like_torch(model, normal((N, 2, 6)), labels)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (zoo.mlp, (784,)),
+        (zoo.small_cnn, (1, 28, 28)),
+        (zoo.har_cnn, (9, 128)),
+        (zoo.digits_cnn, (1, 8, 8)),
+        pytest.param(zoo.fedavg_cnn, (1, 28, 28), marks=pytest.mark.slow),
+    ],
+)
+def test_the_shared_models(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """Same losses as torch to 1e-5 over 8 steps, with batches smaller than the program's as well."""
+    assert_trains_like_torch(make(), normal((8, *shape)) / 2, classified(6, 8), batch_sizes=(8, 3, 1))
