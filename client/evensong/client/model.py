@@ -1,0 +1,101 @@
+"""From verified blobs to a session that holds a version, with this device's personal tensors in it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from evensong.client.context import Context
+from evensong.client.errors import UntrustedError
+from evensong.client.fetch import fetch
+from evensong.client.trust import TrustedModel, check_artifact, check_training_fits
+from evensong.mobile_runtime.errors import RuntimeFault
+from evensong.mobile_runtime.session import Array, Session
+from evensong.wire.artifact import decode_artifact
+from evensong.wire.errors import WireError
+from evensong.wire.program import Artifact, DType
+from evensong.wire.tensors import Layout, decode_tensors, encode_tensors, layout_of
+
+_log = logging.getLogger("evensong.client")
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a session of one version needs. ``reference`` are the version's tensors, in the author's shapes."""
+
+    model: TrustedModel
+    artifact: Artifact
+    artifact_bytes: bytes
+    reference: dict[str, Array]
+
+
+async def obtain(context: Context, model: TrustedModel) -> Material:
+    """Artifact and parameters, fetched as needed and checked against the signed layout."""
+    artifact_bytes = await fetch(context, model.bundle.artifact, "artifact")
+    parameters = await fetch(context, model.version.parameters, "parameters")
+    return check_material(model, artifact_bytes, parameters)
+
+
+def check_material(model: TrustedModel, artifact_bytes: bytes, parameters: bytes) -> Material:
+    """Parses both; :class:`UntrustedError` where they are not what the bundle's layout says."""
+    try:
+        artifact = decode_artifact(artifact_bytes)
+        check_artifact(artifact, model)
+        reference = decode_tensors(parameters, model.layout)
+    except WireError as error:
+        raise UntrustedError("the model does not verify", got=error) from error
+    return Material(model, artifact, artifact_bytes, dict(reference))
+
+
+def open_session(context: Context, material: Material, *, to_train: bool = False) -> Session:
+    """A session with the version's tensors and the personal ones; the caller closes it.
+
+    ``to_train``: the memory is checked first, and :class:`UnfitError` raised if it is more than the device gives.
+    """
+    if to_train:
+        check_training_fits(material.artifact, material.model, context.memory_bytes)
+    session = context.load(material.artifact_bytes)
+    try:
+        session.set({**material.reference, **personal_tensors(context, material)})
+    except RuntimeFault:
+        session.close()
+        raise
+    return session
+
+
+def personal_layout(material: Material) -> Layout:
+    """The float32 tensors that stay on the device."""
+    travelling = set(material.reference)
+    return tuple(spec for spec in layout_of(material.artifact.variables) if spec.name not in travelling)
+
+
+def personal_tensors(context: Context, material: Material) -> dict[str, Array]:
+    """The personal tensors as trained here; the artifact's own before the first training."""
+    layout = personal_layout(material)
+    stored = context.state.personal(material.model.task_id) if layout else None
+    if stored is not None:
+        try:
+            return dict(decode_tensors(stored, layout))
+        except WireError as error:  # the task's artifact cannot change, so this is damage: start from the artifact's
+            _log.warning("personal tensors of %s are unusable: %s", material.model.task_id, error)
+    return initial_tensors(material.artifact, [spec.name for spec in layout])
+
+
+def store_personal(context: Context, material: Material, tensors: dict[str, Array]) -> None:
+    """Keeps the personal tensors for every later version."""
+    layout = personal_layout(material)
+    if layout:
+        context.state.set_personal(material.model.task_id, encode_tensors(tensors, layout))
+
+
+def initial_tensors(artifact: Artifact, names: list[str]) -> dict[str, Array]:
+    """Initial values of float32 variables, in the author's shapes."""
+    values = {}
+    for variable in artifact.variables:
+        if variable.name in names and variable.dtype == DType.F32:
+            count = int(np.prod(variable.dims, dtype=np.int64))
+            flat = np.frombuffer(artifact.state, "<f4", count, variable.offset)
+            values[variable.name] = flat.reshape(variable.dims).transpose(variable.perm).copy()
+    return values

@@ -1,0 +1,140 @@
+"""The models that ``predict`` answers with: taken over from check-ins, kept for offline use, loaded when asked."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+
+import numpy.typing as npt
+
+from evensong.client.callbacks import ModelServed
+from evensong.client.context import Context
+from evensong.client.enrol import signer_public_key
+from evensong.client.errors import NoModelError, RefusedError, UnfitError, UntrustedError
+from evensong.client.evaluate import evaluate
+from evensong.client.model import Material, check_material, obtain, open_session
+from evensong.client.state import ServedRow
+from evensong.client.trust import TrustedModel, trust
+from evensong.mobile_runtime.errors import RuntimeFault
+from evensong.mobile_runtime.session import Array, Evaluation, Session
+from evensong.v1 import device_pb2, task_pb2
+from evensong.wire.errors import UnreachableError, WireError
+from evensong.wire.tensors import decode_tensors, layout_of
+
+_log = logging.getLogger("evensong.client")
+
+
+class Serving:
+    """Answers ``predict`` from any thread, also while training runs: it has sessions of its own."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._lock = threading.RLock()
+        self._sessions: dict[str, Session] = {}  # by task
+
+    async def adopt(self, offers: Iterable[device_pb2.Serving]) -> None:
+        """Takes over each offered version that verifies; the old one answers until the new one is here completely.
+
+        What does not verify or does not arrive is logged and offered again at the next check-in.
+        """
+        for offer in offers:
+            try:
+                await self._adopt(offer)
+            except (UntrustedError, UnfitError, RuntimeFault, RefusedError, UnreachableError) as error:
+                _log.warning("the served version of task %.64s was not taken over: %s", offer.task_id, error)
+
+    def predict(self, *inputs: npt.ArrayLike, task: str | None = None) -> Array:
+        """The served model's output ``[n, ...]``; NoModelError before there is one."""
+        with self._lock:
+            return self._session(task).predict(*inputs)
+
+    def evaluate(self, *, task: str | None = None) -> Evaluation:
+        """Of what ``predict`` serves, on the local test examples."""
+        with self._lock:
+            return evaluate(self._session(task), self._context.examples)
+
+    def material(self, task: str | None = None) -> Material:
+        """The served version, from the local cache alone."""
+        model = self._verified(self._row(task))
+        blobs = [self._context.cache.get(blob.sha256) for blob in (model.bundle.artifact, model.version.parameters)]
+        artifact, parameters = blobs
+        if artifact is None or parameters is None:
+            raise NoModelError("files of the model are missing here", fix="The next check-in fetches them again.")
+        return check_material(model, artifact, parameters)
+
+    def tasks(self) -> list[TrustedModel]:
+        """The versions served, by task."""
+        return [self._verified(row) for row in self._context.state.served()]
+
+    def refresh(self) -> None:
+        """Forgets the loaded sessions: what they serve has changed."""
+        with self._lock:
+            for session in self._sessions.values():
+                session.close()
+            self._sessions.clear()
+
+    async def _adopt(self, offer: device_pb2.Serving) -> None:
+        context = self._context
+        row = ServedRow(offer.task_id, offer.bundle.SerializeToString(), offer.version.SerializeToString())
+        is_new = row not in context.state.served()
+        model = self._verified(row)
+        material = await obtain(context, model)
+        if not is_new:
+            return
+        open_session(context, material).close()  # it runs here, or the old version stays
+        context.state.set_served(row)
+        keep = [blob for each in self.tasks() for blob in (each.bundle.artifact, each.version.parameters)]
+        context.cache.trim([blob.sha256 for blob in keep])
+        self.refresh()
+        context.callbacks.emit(ModelServed(model.task_id, model.version.number))
+
+    def _verified(self, row: ServedRow) -> TrustedModel:
+        return trust(
+            task_pb2.SignedBlob.FromString(row.bundle),
+            task_pb2.SignedBlob.FromString(row.version),
+            task_id=row.task_id,
+            signer=signer_public_key(self._context),
+            population=self._context.population,
+            limits=self._context.limits,
+        )
+
+    def _row(self, task: str | None) -> ServedRow:
+        rows = self._context.state.served()
+        if task is not None:
+            rows = [row for row in rows if task in (row.task_id, _name(row))]
+        if not rows:
+            raise NoModelError(
+                f"there is no model for task {task!r} yet" if task else "there is no model yet",
+                fix="The first check-in that finds a published version fetches it: device.run() or device.step().",
+            )
+        if len(rows) > 1:
+            raise NoModelError(
+                "several tasks serve a model here",
+                got=[_name(row) for row in rows],
+                fix="Choose one: predict(x, task=...).",
+            )
+        return rows[0]
+
+    def _session(self, task: str | None) -> Session:
+        row = self._row(task) if task is None or task not in self._sessions else None
+        key = row.task_id if row else task or ""
+        if key not in self._sessions:
+            self._sessions[key] = open_personalized(self._context, self.material(key))
+        return self._sessions[key]
+
+
+def open_personalized(context: Context, material: Material) -> Session:
+    """A session with the version's tensors and this device's overlay for this very version, if there is one."""
+    session = open_session(context, material)
+    stored = context.state.overlay(material.model.task_id, material.model.version_sha256)
+    if stored is not None:
+        try:
+            session.set(decode_tensors(stored, layout_of(material.artifact.variables)))
+        except (WireError, RuntimeFault) as error:  # damage: the global model is better than none
+            _log.warning("the personalised tensors of %s are unusable: %s", material.model.task_id, error)
+    return session
+
+
+def _name(row: ServedRow) -> str:
+    return task_pb2.TaskBundle.FromString(task_pb2.SignedBlob.FromString(row.bundle).payload).name

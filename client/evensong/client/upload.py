@@ -1,0 +1,90 @@
+"""Step 5 of a round: the sealed update in chunks, resumed where a connection or the process broke, committed once."""
+
+from __future__ import annotations
+
+from evensong.client.calls import raise_refusal
+from evensong.client.context import Context
+from evensong.client.errors import RefusedError
+from evensong.client.state import Stage, Work
+from evensong.v1 import common_pb2, device_pb2
+from evensong.wire.chunks import sha256, split
+from evensong.wire.errors import UnreachableError
+
+_LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 1 << 10, 4 << 20
+_PATIENCE = 8  # answers in a row that bring nothing forward
+
+#: The coordinator has lost the upload, or part of it: it is opened anew.
+_LOST = (common_pb2.REFUSAL_REASON_NOT_FOUND, common_pb2.REFUSAL_REASON_BAD_CHUNK)
+
+
+async def upload(context: Context, work: Work, lease: common_pb2.Lease) -> tuple[device_pb2.CommitUploadResponse, int]:
+    """Sends ``work.update`` and commits it; also says how many of its bytes were sent this time.
+
+    Every request id was stored before it is sent, so a repetition is recognised. Raises :class:`RefusedError` and
+    :class:`UnreachableError`; after either, calling again goes on from what the coordinator has.
+    """
+    sent = 0
+    for _ in range(_PATIENCE):
+        try:
+            if work.stage != Stage.UPLOADED:
+                work, count = await _send(context, work, lease)
+                sent += count
+            return await _commit(context, work, lease), sent
+        except RefusedError as error:
+            if error.reason not in _LOST:
+                raise
+        work = context.state.set_upload(work, Stage.SEALED, begin_request_id=context.randomness.token(16), upload_id="")
+    raise UnreachableError("the coordinator keeps losing the upload")
+
+
+async def _send(context: Context, work: Work, lease: common_pb2.Lease) -> tuple[Work, int]:
+    """Opens the upload and sends what is missing; the work is UPLOADED then."""
+    data = work.update or b""
+    begun = await context.calls.begin_upload(
+        device_pb2.BeginUploadRequest(
+            request_id=work.begin_request_id,
+            lease=lease,
+            update=common_pb2.BlobRef(sha256=sha256(data), size_bytes=len(data)),
+        )
+    )
+    if not 1 <= len(begun.upload_id) <= 256:
+        raise UnreachableError("the coordinator opened an upload without a usable name")
+    chunk_bytes = min(max(begun.chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+    received = _checked(begun.received_bytes, data)
+    sent = fruitless = 0
+    while received < len(data):
+        chunk = next(split(data, chunk_bytes, received))
+        answer = await context.calls.upload_chunk(
+            device_pb2.UploadChunkRequest(upload_id=begun.upload_id, lease=lease, chunk=chunk)
+        )
+        if answer.refusal.reason != common_pb2.REFUSAL_REASON_BAD_CHUNK:  # it says itself where to go on
+            raise_refusal(answer)
+        sent += len(chunk.data)
+        fruitless = 0 if answer.received_bytes > received else fruitless + 1
+        if fruitless == _PATIENCE:
+            raise UnreachableError("the coordinator takes no chunk", got=f"{received} of {len(data)} bytes received")
+        received = _checked(answer.received_bytes, data)
+    work = context.state.set_upload(
+        work, Stage.UPLOADED, begin_request_id=work.begin_request_id, upload_id=begun.upload_id
+    )
+    return work, sent
+
+
+async def _commit(context: Context, work: Work, lease: common_pb2.Lease) -> device_pb2.CommitUploadResponse:
+    return await context.calls.commit_upload(
+        device_pb2.CommitUploadRequest(
+            request_id=work.request_id,
+            upload_id=work.upload_id,
+            lease=lease,
+            weight=work.weight,
+            metrics=common_pb2.Metrics.FromString(work.metrics),
+        )
+    )
+
+
+def _checked(received: int, data: bytes) -> int:
+    if received > len(data):
+        raise UnreachableError(
+            "the coordinator claims more than was sent", expected=f"at most {len(data)} bytes", got=received
+        )
+    return received

@@ -1,0 +1,273 @@
+"""One assignment from start to end, crash-safe: each stage is stored before the next begins.
+
+    ASSIGNED --train, seal--> SEALED ----begin, chunks, commit--> done
+        |----evaluate-------> MEASURED --report-----------------> done
+        `----cannot---------> GIVEN_UP --abort------------------> done
+
+From any stage the end of the lease, or a refusal, drops the work. Network and disk failures leave it where it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from evensong.client.callbacks import GaveUp, Refused, RoundStarted, Sealed, StepDone, Uploaded
+from evensong.client.context import Context, Result
+from evensong.client.enrol import signer_public_key
+from evensong.client.errors import (
+    ConditionsChangedError,
+    LeaseExpiredError,
+    RefusedError,
+    StorageFullError,
+    UnfitError,
+    UntrustedError,
+    printable,
+)
+from evensong.client.evaluate import evaluate
+from evensong.client.model import Material, obtain, open_session, personal_tensors, store_personal
+from evensong.client.outcomes import Aborted, Dropped, Evaluated, Outcome, Postponed, Trained
+from evensong.client.pacing import draw_wait
+from evensong.client.seal import seal
+from evensong.client.state import Stage, Work
+from evensong.client.train import LocalUpdate, learning_rate_of, train
+from evensong.client.trust import TrustedModel, trust
+from evensong.client.upload import upload
+from evensong.mobile_runtime.errors import DivergedError, RuntimeFault
+from evensong.mobile_runtime.session import Evaluation, StepResult
+from evensong.v1 import common_pb2, device_pb2, task_pb2
+from evensong.wire.errors import UnreachableError, UpdateError
+
+_log = logging.getLogger("evensong.client")
+
+#: Refusals that say nothing about the work: it is kept and offered again.
+_FOR_NOW = (
+    common_pb2.REFUSAL_REASON_UNAVAILABLE,
+    common_pb2.REFUSAL_REASON_QUOTA,
+    common_pb2.REFUSAL_REASON_BAD_SIGNATURE,
+)
+_CONDITIONS_EVERY_MS = 1000
+
+
+async def execute(context: Context, work: Work) -> Outcome:
+    """Takes ``work`` from whatever stage it is in to its end.
+
+    Raises :class:`UnreachableError` and :class:`StorageFullError` with the work kept as far as it got.
+    """
+    assignment = device_pb2.Assignment.FromString(work.assignment)
+    try:
+        _check_lease(context, work)
+        if work.stage == Stage.ASSIGNED:
+            work = await _compute(context, work, assignment)
+            _check_lease(context, work)
+        return await _deliver(context, work, assignment)
+    except LeaseExpiredError as error:
+        return _drop(context, assignment, "LEASE_EXPIRED", str(error), common_pb2.RetryWindow())
+    except RefusedError as error:
+        if error.reason in _FOR_NOW:
+            return Postponed(draw_wait(error.retry, context.randomness), error)
+        return _drop(context, assignment, error.name, error.message, error.retry)
+
+
+# ----------------------------------------------------------------------------------------------------------- computing
+
+
+async def _compute(context: Context, work: Work, assignment: device_pb2.Assignment) -> Work:
+    """The next stage, stored: SEALED, MEASURED or GIVEN_UP."""
+    try:
+        if work.attempts >= context.limits.attempts:
+            raise RuntimeError(f"the process ended {work.attempts} times during this work")
+        model = trust(
+            assignment.bundle,
+            assignment.version,
+            task_id=assignment.task_id,
+            signer=signer_public_key(context),
+            population=context.population,
+            limits=context.limits,
+        )
+        material = await obtain(context, model)
+        work = replace(work, attempts=work.attempts + 1)
+        context.state.set_work(work)
+        _announce(context, assignment, model)
+        if assignment.work == device_pb2.WORK_EVALUATE:
+            return await _measure(context, work, material)
+        return await _train_and_seal(context, work, assignment, material)
+    except (UnreachableError, StorageFullError, LeaseExpiredError, RefusedError):
+        raise
+    except UntrustedError as error:
+        return _give_up(context, work, device_pb2.ABORT_REASON_UNTRUSTED, error)
+    except DivergedError as error:
+        return _give_up(context, work, device_pb2.ABORT_REASON_DIVERGED, error)
+    except ConditionsChangedError as error:
+        return _give_up(context, work, device_pb2.ABORT_REASON_CONDITIONS, error)
+    except (UnfitError, RuntimeFault, MemoryError) as error:
+        return _give_up(context, work, device_pb2.ABORT_REASON_UNFIT, error)
+    except UpdateError as error:  # the delta is not finite although every loss was
+        return _give_up(context, work, device_pb2.ABORT_REASON_DIVERGED, error)
+    except Exception as error:  # a device in the field goes on living; the coordinator and the log learn about it
+        _log.exception("work on %s failed", assignment.task_id)
+        return _give_up(context, work, device_pb2.ABORT_REASON_INTERNAL, error)
+
+
+async def _train_and_seal(context: Context, work: Work, assignment: device_pb2.Assignment, material: Material) -> Work:
+    plan = material.model.bundle
+    order = context.randomness.generator()
+    rounding = context.randomness.generator()
+    stop = threading.Event()
+
+    def run() -> LocalUpdate:
+        session = open_session(context, material, to_train=True)
+        try:
+            return train(
+                session,
+                plan.local,
+                reference=material.reference,
+                personal=personal_tensors(context, material),
+                examples=context.examples,
+                learning_rate=learning_rate_of(plan.local, assignment.round, plan.round.rounds),
+                order=order,
+                most_steps=context.limits.training_steps,
+                between_steps=watch(context, stop, work.deadline_unix_ms),
+                on_step=_step_reporter(context, assignment.task_id),
+            )
+        finally:
+            session.close()
+
+    update = await stoppable(context, run, stop)
+    training = update.training
+    sealed = seal(update.delta, material.model.layout, plan.update, examples=training.distinct, rounding=rounding)
+    metrics = common_pb2.Metrics(examples=training.examples, loss_sum=training.loss_sum, correct=training.correct)
+    work = replace(
+        work, stage=Stage.SEALED, update=sealed.data, weight=sealed.weight, metrics=metrics.SerializeToString()
+    )
+    with context.state.transaction():
+        context.state.set_work(work)
+        store_personal(context, material, update.personal)
+    context.callbacks.emit(Sealed(assignment.task_id, assignment.round, len(sealed.data), sealed.norm))
+    return work
+
+
+async def _measure(context: Context, work: Work, material: Material) -> Work:
+    stop = threading.Event()
+    between = watch(context, stop, work.deadline_unix_ms)
+
+    def run() -> Evaluation:
+        session = open_session(context, material)
+        try:
+            return evaluate(session, context.examples, between_batches=between)
+        finally:
+            session.close()
+
+    result = await stoppable(context, run, stop)
+    metrics = common_pb2.Metrics(
+        examples=result.examples, loss_sum=result.loss * result.examples, correct=result.correct
+    )
+    work = replace(work, stage=Stage.MEASURED, metrics=metrics.SerializeToString())
+    context.state.set_work(work)
+    return work
+
+
+async def stoppable(context: Context, run: Callable[[], Result], stop: threading.Event) -> Result:
+    """Runs off the event loop; when the caller is cancelled, the computation ends at its next step."""
+    try:
+        return await context.run_blocking(run)
+    except asyncio.CancelledError:
+        stop.set()
+        raise
+
+
+def watch(context: Context, stop: threading.Event, deadline_unix_ms: int | None = None) -> Callable[[], None]:
+    """What is asked between two steps: was the work cancelled, is the lease over, do the conditions still hold?"""
+    asked_at: int | None = None
+
+    def between_steps() -> None:
+        nonlocal asked_at
+        if stop.is_set():
+            raise ConditionsChangedError("the work was stopped")
+        now = context.clock.unix_ms()
+        if deadline_unix_ms is not None and now >= deadline_unix_ms:
+            raise LeaseExpiredError("the lease ran out during the work")
+        if asked_at is None or now - asked_at >= _CONDITIONS_EVERY_MS:
+            asked_at = now
+            unmet = context.conditions.check(training=True)
+            if unmet:
+                raise ConditionsChangedError("; ".join(f"{item.condition}: {item.detail}" for item in unmet))
+
+    return between_steps
+
+
+def _give_up(context: Context, work: Work, reason: int, error: BaseException) -> Work:
+    work = replace(work, stage=Stage.GIVEN_UP, reason=reason, message=printable(f"{error}") or type(error).__name__)
+    context.state.set_work(work)
+    return work
+
+
+def _announce(context: Context, assignment: device_pb2.Assignment, model: TrustedModel) -> None:
+    kind = "evaluate" if assignment.work == device_pb2.WORK_EVALUATE else "train"
+    context.callbacks.emit(RoundStarted(assignment.task_id, assignment.round, model.version.number, kind))
+
+
+def _step_reporter(context: Context, task_id: str) -> Callable[[int, int, StepResult], None]:
+    return lambda step, steps, result: context.callbacks.emit(StepDone(task_id, step, steps, result.loss))
+
+
+# ---------------------------------------------------------------------------------------------------------- delivering
+
+
+async def _deliver(context: Context, work: Work, assignment: device_pb2.Assignment) -> Outcome:
+    """The call or calls that end the work; then it is forgotten."""
+    lease = assignment.lease
+    version = task_pb2.VersionManifest.FromString(assignment.version.payload).number if work.metrics else 0
+    metrics = common_pb2.Metrics.FromString(work.metrics)
+    task_id = assignment.task_id
+    if work.stage in (Stage.SEALED, Stage.UPLOADED):
+        committed, sent = await upload(context, work, lease)
+        context.state.clear_work()
+        context.callbacks.emit(Uploaded(task_id, assignment.round, sent))
+        loss = metrics.loss_sum / metrics.examples
+        size = len(work.update or b"")
+        wait = draw_wait(committed.retry, context.randomness)
+        return Trained(wait, task_id, assignment.round, version, metrics.examples, loss, size)
+    if work.stage == Stage.MEASURED:
+        report = device_pb2.ReportRequest(request_id=work.request_id, lease=lease, metrics=metrics)
+        reported = await context.calls.report(report)
+        context.state.clear_work()
+        wait = draw_wait(reported.retry, context.randomness)
+        loss = metrics.loss_sum / metrics.examples
+        return Evaluated(wait, task_id, version, metrics.examples, loss, metrics.correct)
+    return await _abort(context, work, assignment)
+
+
+async def _abort(context: Context, work: Work, assignment: device_pb2.Assignment) -> Outcome:
+    request = device_pb2.AbortRequest(
+        request_id=work.request_id,
+        lease=assignment.lease,
+        reason=device_pb2.AbortReason.Name(work.reason),
+        message=work.message,
+    )
+    try:
+        retry = (await context.calls.abort(request)).retry
+    except RefusedError as error:  # the lease is gone already, which is what was asked for
+        if error.reason in _FOR_NOW:
+            raise
+        retry = error.retry
+    context.state.clear_work()
+    reason = device_pb2.AbortReason.Name(work.reason).removeprefix("ABORT_REASON_")
+    context.callbacks.emit(GaveUp(assignment.task_id, reason, work.message))
+    return Aborted(draw_wait(retry, context.randomness), assignment.task_id, reason, work.message)
+
+
+def _drop(
+    context: Context, assignment: device_pb2.Assignment, reason: str, message: str, retry: common_pb2.RetryWindow
+) -> Dropped:
+    context.state.clear_work()
+    context.callbacks.emit(Refused(assignment.task_id, reason, message))
+    return Dropped(draw_wait(retry, context.randomness), assignment.task_id, reason, message)
+
+
+def _check_lease(context: Context, work: Work) -> None:
+    if context.clock.unix_ms() >= work.deadline_unix_ms:
+        raise LeaseExpiredError(f"the lease ran out while the work was {work.stage}")
