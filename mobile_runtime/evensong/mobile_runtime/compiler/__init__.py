@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from evensong.mobile_runtime.compiler.calibrate import PostTrainingInt8
 from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
 from evensong.mobile_runtime.compiler.optimizer import SGD, Adam
 
-__all__ = ["SGD", "Adam", "CompiledArtifact", "compile"]
+__all__ = ["SGD", "Adam", "CompiledArtifact", "PostTrainingInt8", "compile"]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from evensong.mobile_runtime.compiler.autodiff import differentiate
+from evensong.mobile_runtime.compiler.calibrate import Calibrator, PostTrainingInt8
 from evensong.mobile_runtime.compiler.emit import emit
 from evensong.mobile_runtime.compiler.export import Trace, trace
 from evensong.mobile_runtime.compiler.ir import Graph, Value
@@ -21,8 +22,9 @@ from evensong.mobile_runtime.compiler.layout import arrange
 from evensong.mobile_runtime.compiler.losses import add_loss, loss_name
 from evensong.mobile_runtime.compiler.lowering import Forward, lower
 from evensong.mobile_runtime.compiler.optimizer import SGD, Optimizer, apply_optimizer
-from evensong.mobile_runtime.compiler.passes import simplify
+from evensong.mobile_runtime.compiler.passes import remove_dead, simplify
 from evensong.mobile_runtime.compiler.planner import Plan, plan
+from evensong.mobile_runtime.compiler.quantize import quantize_frozen
 from evensong.mobile_runtime.compiler.weights import Weights, trainable_names
 from evensong.mobile_runtime.errors import BudgetError, CompileError
 from evensong.mobile_runtime.memory import MemoryReport, memory_report
@@ -40,6 +42,7 @@ def compile(
     *,
     loss: str | nn.Module = "cross_entropy",
     trainable: Sequence[str] | str | None = None,
+    quantize: PostTrainingInt8 | None = None,
     optimizer: Optimizer | None = None,
     batch_size: int = 32,
     predict_batch: int = 1,
@@ -54,6 +57,7 @@ def compile(
         example_inputs: one array ``[n, ...]`` for each input, with ``n >= 1``; only shapes and dtypes count.
         loss: ``"cross_entropy"`` (int32 labels), ``"mse"`` or ``"bce"`` (float32 targets), or the ``torch.nn`` loss.
         trainable: what to train: None takes those with ``requires_grad``; patterns like ``["head.*"]``; ``"none"``.
+        quantize: :class:`PostTrainingInt8` runs what is frozen in int8; with nothing trainable, the whole model.
         optimizer: :class:`SGD` (the default) or :class:`Adam`; the learning rate comes with each step.
         batch_size: the most examples of one training step.
         predict_batch: the most examples of one prediction call.
@@ -74,12 +78,13 @@ def compile(
     # 1. trace the model in each mode, 2. lower each trace to engine operations
     inference = trace(model, examples, training=False)
     weights = Weights(model, names, inference)
+    calibrator = None if quantize is None else Calibrator(quantize, _input_ports(inference, weights))
     graphs: list[tuple[Graph, int]] = []
     if names:
         training = trace(model, examples, training=True)
-        graphs.append((_train(training, weights, chosen_loss, optimizer), batch_size))
-    graphs.append((_evaluate(inference, weights, chosen_loss), batch_size))
-    predict, description = _predict(inference, weights)
+        graphs.append((_train(training, weights, calibrator, chosen_loss, optimizer), batch_size))
+    graphs.append((_evaluate(inference, weights, calibrator, chosen_loss), batch_size))
+    predict, description = _predict(inference, weights, calibrator)
     graphs.append((predict, predict_batch))
 
     # 3. plan the memory, 4. write the artifact
@@ -92,7 +97,7 @@ def compile(
         **description,
         "labels": None if labels is None else list(labels),
         "trainable": names,
-        "quantized": False,
+        "quantized": quantize is not None,
         "batch_size": batch_size,
         "memory": {graph.name: _bound(planned_) for graph, planned_, _ in planned},
     }
@@ -139,29 +144,29 @@ class CompiledArtifact:
 # ------------------------------------------------------------------------------------------------------------- programs
 
 
-def _train(traced: Trace, weights: Weights, loss: str, optimizer: Optimizer) -> Graph:
+def _train(traced: Trace, weights: Weights, calibrator: Calibrator | None, loss: str, optimizer: Optimizer) -> Graph:
     forward = lower(traced, weights, "train")
     graph = forward.graph
     trainable = {weights.view(name).value for name in weights.trainable}
     behind = _reached(graph, trainable)
-    _finish(forward, lambda value: value.root in behind)
+    _finish(forward, weights, calibrator, lambda value: value.root in behind)
     seeds = add_loss(graph, forward.output, loss, gradient=True)
     gradients = differentiate(graph, seeds, trainable)
     apply_optimizer(graph, gradients, weights.variables, optimizer)
     return graph
 
 
-def _evaluate(traced: Trace, weights: Weights, loss: str) -> Graph:
+def _evaluate(traced: Trace, weights: Weights, calibrator: Calibrator | None, loss: str) -> Graph:
     forward = lower(traced, weights, "evaluate")
-    _finish(forward, lambda value: False)
+    _finish(forward, weights, calibrator, lambda value: False)
     add_loss(forward.graph, forward.output, loss, gradient=False)
     return forward.graph
 
 
-def _predict(traced: Trace, weights: Weights) -> tuple[Graph, dict[str, object]]:
+def _predict(traced: Trace, weights: Weights, calibrator: Calibrator | None) -> tuple[Graph, dict[str, object]]:
     """The predict program, and the manifest's description of its ports."""
     forward = lower(traced, weights, "predict")
-    _finish(forward, lambda value: False)
+    _finish(forward, weights, calibrator, lambda value: False)
     graph, view = forward.graph, forward.output
     if view.batch_axis != 0:
         raise CompileError("the model's result must have the batch first")
@@ -176,12 +181,21 @@ def _predict(traced: Trace, weights: Weights) -> tuple[Graph, dict[str, object]]
     return graph, {"inputs": inputs, "output": _describe("output", value)}
 
 
-def _finish(forward: Forward, trained: Callable[[Value], bool]) -> None:
-    """Simplifies the forward pass; its result may become another value."""
+def _finish(
+    forward: Forward, weights: Weights, calibrator: Calibrator | None, trained: Callable[[Value], bool]
+) -> None:
+    """Simplifies the forward pass and quantises its frozen part; its result may become another value."""
     graph, view = forward.graph, forward.output
     graph.outputs["output"] = view.value
     simplify(graph, trained)
+    if calibrator is not None:
+        quantize_frozen(graph, calibrator, set(weights.flags))
+        remove_dead(graph)
     forward.output = replace(view, value=graph.outputs.pop("output"))
+
+
+def _input_ports(traced: Trace, weights: Weights) -> list[Value]:
+    return list(lower(traced, weights, "predict").graph.inputs.values())
 
 
 def _reached(graph: Graph, trainable: set[Value]) -> set[Value]:
