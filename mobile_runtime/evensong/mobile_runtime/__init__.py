@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from evensong.mobile_runtime.errors import (
     BudgetError,
@@ -22,16 +23,22 @@ from evensong.mobile_runtime.errors import (
     VariableError,
 )
 from evensong.mobile_runtime.loading import EngineInfo, engine_info, load
+from evensong.mobile_runtime.memory import MemoryReport, memory_report
 from evensong.mobile_runtime.session import Evaluation, Session, StepResult
 
 __all__ = [
+    "SGD",
+    "Adam",
     "BudgetError",
     "CheckpointError",
     "CompileError",
+    "CompiledArtifact",
     "DivergedError",
     "EngineInfo",
     "Evaluation",
     "ExampleError",
+    "MemoryReport",
+    "PostTrainingInt8",
     "ProgramError",
     "RuntimeFault",
     "Session",
@@ -41,12 +48,15 @@ __all__ = [
     "compile",
     "engine_info",
     "load",
+    "memory_report",
 ]
 
-_COMPILER = frozenset({"compile"})  # imported on first use: it needs torch
+_COMPILER = frozenset(
+    {"SGD", "Adam", "CompiledArtifact", "PostTrainingInt8", "compile"}
+)  # imported on first use: it needs torch
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _COMPILER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -1,8 +1,8 @@
 """Int8 for the frozen part of a program: each float32 node becomes its integer twin where there is one.
 
-Weights are symmetric with a scale for each output channel, activations asymmetric with one scale for each tensor
-(Jacob et al., *Quantization and training of neural networks for efficient integer-arithmetic-only inference*, CVPR 2018). Values
-are converted where integer and float32 parts meet, so that a frozen body runs in int8 under a trainable float32 head.
+Weights are symmetric with a scale for each output channel, activations asymmetric with one scale for each tensor (Jacob
+et al., *Quantization and training of neural networks for efficient integer-arithmetic-only inference*, CVPR 2018).
+Values are converted where integer and float32 parts meet, so that a frozen body runs in int8 under a trainable head.
 """
 
 from __future__ import annotations
