@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy.typing as npt
 
@@ -49,6 +49,9 @@ from evensong.wire.clock import Clock, SystemClock
 from evensong.wire.errors import UnreachableError
 from evensong.wire.transport import Transport
 
+if TYPE_CHECKING:
+    from evensong.client.grpc_transport import Tls
+
 Result = TypeVar("Result")
 
 _log = logging.getLogger("evensong.client")
@@ -74,9 +77,9 @@ class Device:
     >>> device.predict(x)              # the personalised model, at any time, offline too
 
     ``coordinator`` and ``token`` are needed once: address and population are kept with the enrolment. Every other part
-    has a default and can be replaced by an object: ``conditions`` (when to work), ``callbacks`` (progress),
-    ``transport`` (TLS: ``GrpcTransport(address, tls=Tls(...))``), ``limits``, ``examples``, ``cache``. A simulator
-    injects ``clock``, ``seed`` and ``run_blocking``; ``state_dir=None`` keeps everything in memory.
+    has a default and can be replaced by an object: ``conditions`` (when to work), ``callbacks`` (progress), ``tls``,
+    ``limits``, ``examples``, ``cache``. A simulator injects ``transport``, ``clock``, ``seed`` and ``run_blocking``, and
+    ``state_dir=None`` keeps everything in memory.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Device:
         callbacks: Sequence[Callback] = (),
         memory_bytes: int = 256 << 20,
         limits: Limits | None = None,
+        tls: Tls | None = None,
         transport: Transport | None = None,
         examples: Examples | None = None,
         cache: Cache | None = None,
@@ -107,7 +111,8 @@ class Device:
             self.coordinator = self._remember("coordinator", coordinator)
             self.population = self._remember("population", population) or "default"
             self._token = token
-            self._transport = transport
+            self._tls = tls
+        self._transport = transport
             if cache is None:
                 cache = (
                     MemoryCache(limits.cache_bytes)
@@ -355,7 +360,7 @@ class Device:
             )
         from evensong.client.grpc_transport import GrpcTransport
 
-        return GrpcTransport(self.coordinator)
+        return GrpcTransport(self.coordinator, tls=self._tls)
 
     def _sync(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Runs in this device's own event loop, which stays between calls, because the connection belongs to it."""
