@@ -1,7 +1,7 @@
 """``evensong``: one command whose verbs come from whichever parts are installed.
 
 A part adds a verb through the entry-point group ``evensong.commands``: a name and a ``main(argv) -> int``. Nothing of a
-verb is imported before it is called, so that ``evensong --help`` is quick and works on a device without torch or Flower.
+verb is imported before it is called: ``evensong --help`` is quick and works on a device without torch or Flower.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ class Device:
 
     ``coordinator`` and ``token`` are needed once: address and population are kept with the enrolment. Every other part
     has a default and can be replaced by an object: ``conditions`` (when to work), ``callbacks`` (progress), ``tls``,
-    ``limits``, ``examples``, ``cache``. A simulator injects ``transport``, ``clock``, ``seed`` and ``run_blocking``, and
-    ``state_dir=None`` keeps everything in memory.
+    ``limits``, ``examples``, ``cache``. A simulator injects ``transport``, ``clock``, ``seed`` and ``run_blocking``,
+    and ``state_dir=None`` keeps everything in memory.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Device:
             self.population = self._remember("population", population) or "default"
             self._token = token
             self._tls = tls
-        self._transport = transport
+            self._transport = transport
             if cache is None:
                 cache = (
                     MemoryCache(limits.cache_bytes)
