@@ -9,10 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+from evensong.mobile_runtime import native
 from evensong.mobile_runtime.errors import RuntimeFault
 from evensong.mobile_runtime.host import HostSession
 from evensong.mobile_runtime.machine import Machine
 from evensong.mobile_runtime.session import Session
+from evensong.mobile_runtime.twin import TwinMachine
 from evensong.wire.artifact import artifact_hash, decode_artifact, encode_artifact
 from evensong.wire.program import Artifact
 
@@ -64,16 +66,14 @@ def load(
 def engine_info() -> EngineInfo:
     """What :func:`load` would use now."""
     chosen = _chosen("auto")
-    if chosen != "twin":
-        try:
-            from evensong.mobile_runtime import native
-
-            return EngineInfo("native", native.instruction_set(), native.library_path())
-        except (ImportError, OSError, RuntimeFault) as error:
-            if chosen == "native":
-                raise _missing(error) from error
-            return EngineInfo("twin", "numpy", None, str(error))
-    return EngineInfo("twin", "numpy", None, f"{ENGINE_VARIABLE}=twin")
+    if chosen == "twin":
+        return EngineInfo("twin", "numpy", None, f"{ENGINE_VARIABLE}=twin")
+    missing = _missing_native()
+    if missing is None:
+        return EngineInfo("native", native.instruction_set(), native.library_path())
+    if chosen == "native":
+        raise missing
+    return EngineInfo("twin", "numpy", None, str(missing.got))
 
 
 def _bytes_of(artifact: bytes | str | os.PathLike[str] | Artifact | HasBytes) -> bytes:
@@ -94,23 +94,24 @@ def _chosen(engine: str) -> str:
 
 
 def _machine(artifact: Artifact, data: bytes, engine: str) -> Machine:
-    from evensong.mobile_runtime.twin import TwinMachine
-
     if engine == "twin":
         return TwinMachine(artifact)
+    missing = _missing_native()
+    if missing is None:
+        return native.NativeMachine(artifact, data)
+    if engine == "native":
+        raise missing
+    _warn_once(str(missing.got))
+    return TwinMachine(artifact)
+
+
+def _missing_native() -> RuntimeFault | None:
+    """Why the compiled engine cannot be used, or None if it can."""
     try:
-        from evensong.mobile_runtime.native import NativeMachine
-
-        return NativeMachine(artifact, data)
-    except (ImportError, OSError) as error:
-        if engine == "native":
-            raise _missing(error) from error
-        _warn_once(str(error))
-        return TwinMachine(artifact)
-
-
-def _missing(error: Exception) -> RuntimeFault:
-    return RuntimeFault("the compiled engine is not available", got=error, fix=_HOW_TO_GET_IT)
+        native.instruction_set()
+    except (OSError, RuntimeFault) as error:
+        return RuntimeFault("the compiled engine is not available", got=error, fix=_HOW_TO_GET_IT)
+    return None
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -48,6 +48,15 @@ class Machine(Protocol):
 
         Raises :class:`ExampleError` where an embedding id, label or pooling index is out of range, and
         :class:`DivergedError` where a loss (before any optimiser operation) or an updated weight is not finite.
+        """
+        ...
+
+    def prepare(
+        self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
+    ) -> Callable[[], None]:
+        """A call that runs the program, which must not train, over these very arrays again and again.
+
+        For inference in microseconds: everything that does not change between calls is done once.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,27 @@ class NativeMachine:
         )
         if status:
             self._check(status)
+
+    def prepare(
+        self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
+    ) -> Callable[[], None]:
+        """See :meth:`.machine.Machine.prepare`."""
+        buffers = [(_Buffer * len(arrays))() for arrays in (inputs, outputs)]
+        for array, buffer in zip((*inputs, *outputs), (*buffers[0], *buffers[1]), strict=True):
+            buffer.data = array.__array_interface__["data"][0]
+            buffer.size = array.nbytes
+        options = ctypes.byref(_Options(step=1))
+        run, handle, message = self._run, self._live_handle(), self._message
+        sources, targets, keep = *buffers, (inputs, outputs)
+
+        def call() -> None:
+            status = run(
+                handle, program, batch, sources, len(keep[0]), targets, len(keep[1]), options, message, _MESSAGE_BYTES
+            )
+            if status:
+                self._check(status)
+
+        return call
 
     def freeze(self, variables: Sequence[int]) -> None:
         """See :meth:`.machine.Machine.freeze`."""

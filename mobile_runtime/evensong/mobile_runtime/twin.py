@@ -7,7 +7,8 @@ memory planner gives wrong numbers here as it would on a device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 
 import numpy as np
@@ -63,6 +64,11 @@ class TwinMachine:
             self.state[v.offset : v.offset + v.nbytes] for v in artifact.variables if v.flags == VariableFlag.BUFFER
         ]
         self._frozen: frozenset[int] = frozenset()  # offsets in STATE
+
+    def prepare(
+        self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
+    ) -> Callable[[], None]:
+        return partial(self.run, program, batch, inputs, outputs)
 
     def freeze(self, variables: Sequence[int]) -> None:
         self._frozen = frozenset(self._artifact.variables[index].offset for index in variables)
