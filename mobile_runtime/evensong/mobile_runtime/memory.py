@@ -79,9 +79,9 @@ class MemoryReport:
         ]
         return "\n".join([*_table(rows), *rest])
 
-    def explain(self) -> str:
-        """The largest tensors alive at each program's worst operation."""
-        return "\n\n".join(_explain(program) for program in self.programs)
+    def explain(self, name: str | None = None) -> str:
+        """The largest tensors alive at the worst operation of one program, or of each."""
+        return "\n\n".join(_explain(program) for program in self.programs if name in (None, program.name))
 
 
 def memory_report(artifact: Artifact) -> MemoryReport:

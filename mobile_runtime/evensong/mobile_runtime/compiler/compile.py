@@ -233,11 +233,12 @@ def _bound(planned: Plan) -> dict[str, int]:
 def _check_budget(report: MemoryReport, budget: int | None) -> None:
     if budget is None or report.peak <= budget:
         return
-    table = f"{report}\n\n{report.explain()}"
+    program = "train" if report.training_peak else "predict"
+    table = f"{report}\n\n{report.explain(program)}"
     error = BudgetError(
-        f"the model {'trains' if report.training_peak else 'runs'} in {report.peak:,} bytes",
+        f"the program {program!r} needs {report.peak:,} bytes",
         expected=f"at most {budget:,}",
-        fix=f"Lower batch_size, train fewer parameters, or raise the budget.\n{table}",
+        fix=f"Lower the batch size, train fewer parameters, or raise the budget.\n\n{table}",
     )
     error.table = table
     raise error

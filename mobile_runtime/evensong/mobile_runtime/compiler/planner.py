@@ -14,6 +14,8 @@ from evensong.mobile_runtime.compiler.ir import Graph, Node, Value
 from evensong.wire.artifact import align
 from evensong.wire.program import OPS, Region
 
+_REPAIRS, _REPAIR_WORK = 200, 400_000  #: tries to mend a plan, and a limit on tries times tensors squared
+
 
 @dataclass(frozen=True)
 class Lifetime:
@@ -66,16 +68,24 @@ def place(lifetimes: Sequence[Lifetime]) -> list[int]:
         lambda i: (-lifetimes[i].last, -sizes[i], i),
     ]
     bound = lower_bound(lifetimes)
-    best: list[int] = []
-    best_size = -1
-    for key in orders:
-        offsets = _greedy(sizes, lifetimes, sorted(range(len(lifetimes)), key=key))
-        size = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
-        if best_size < 0 or size < best_size:
-            best, best_size = offsets, size
-        if best_size == bound:
+    tried = [_greedy(sizes, lifetimes, sorted(range(len(lifetimes)), key=key)) for key in orders]
+    best = min(tried, key=lambda offsets: _height(offsets, sizes))
+    order = sorted(range(len(lifetimes)), key=lambda i: (best[i], -sizes[i], i))
+    for _ in range(min(_REPAIRS, _REPAIR_WORK // max(1, len(order) ** 2))):
+        height = _height(best, sizes)
+        if height == bound:
             break
+        # whatever stands on top goes first in the next try
+        offsets = _greedy(sizes, lifetimes, order)
+        if _height(offsets, sizes) < height:
+            best = offsets
+        top = max(order, key=lambda i: (offsets[i] + sizes[i], -order.index(i)))
+        order = [top, *(i for i in order if i != top)]
     return best
+
+
+def _height(offsets: Sequence[int], sizes: Sequence[int]) -> int:
+    return max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
 
 
 def lower_bound(lifetimes: Iterable[Lifetime]) -> int:
