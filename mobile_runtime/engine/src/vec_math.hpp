@@ -58,6 +58,8 @@ EVENSONG_INLINE Floats hyperbolic_tangent(Floats x) {
 
 // e^(-x^2 / 2). Squaring loses the bits that matter for large x: the part of x below 12 bits goes in as a correction.
 EVENSONG_INLINE Floats bell(Floats x) {
+    x = absolute(x);
+    x = x > 20.0f ? splat(20.0f) : x;  // zero from 14.5 on
     Floats coarse = Floats(Ints(x) & int32_t(0xfffff000));
     return exponential(coarse * coarse * -0.5f, (x - coarse) * (x + coarse) * -0.5f);
 }
