@@ -1,0 +1,269 @@
+"""What an engineer asks for, as one immutable object. Needs neither flwr nor a database: it is part of the light
+handle."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from evensong.coordinator.bundle import STRATEGIES, TaskError, check_bundle, check_server_plan
+from evensong.v1 import common_pb2, task_pb2
+from evensong.wire.artifact import decode_artifact
+from evensong.wire.chunks import sha256
+from evensong.wire.codecs import UpdateCodec
+from evensong.wire.program import Artifact, DType, Program, VariableFlag
+from evensong.wire.tensors import FloatArray, Layout, encode_tensors, layout_of, layout_to_proto
+
+__all__ = ["LocalTraining", "Personalization", "Strategy", "Task", "TaskError", "check_bundle", "check_server_plan"]
+
+
+class SupportsToBytes(Protocol):
+    """A compiled artifact."""
+
+    def to_bytes(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What a device does with its own examples in a round."""
+
+    epochs: int = 1
+    learning_rate: float = 0.1
+    final_learning_rate: float | None = None  #: reached linearly in the last round; None keeps ``learning_rate``
+    batch_size: int | None = None  #: None takes the artifact's
+    max_steps: int | None = None  #: optimiser steps in a round; None: no limit
+    min_examples: int = 1  #: a device with fewer is not asked to train
+    personal: Sequence[str] = ()  #: patterns (fnmatch) of tensors that stay on the device and never travel
+
+
+@dataclass(frozen=True)
+class Personalization:
+    """How a device adapts the committed model to its own examples for ``predict``."""
+
+    epochs: int = 1
+    learning_rate: float = 0.1
+    trainable: Sequence[str] = ()  #: patterns of the tensors to adapt; empty adapts all trainable ones
+
+
+@dataclass(frozen=True, init=False)
+class Strategy:
+    """A server strategy with its arguments: ``Strategy("fedadam", eta=0.01)``. Absent ones take Flower's defaults."""
+
+    name: str
+    arguments: Mapping[str, float]
+
+    def __init__(self, name: str, **arguments: float) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "arguments", dict(arguments))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A federated training task. ``artifact`` is a compiled model: its bytes, its file, or what ``compile`` returned.
+
+    The defaults are FedAvg (McMahan et al., AISTATS 2017) with 8-bit updates and the round policy of Bonawitz et al.,
+    *Towards federated learning at scale* (SysML 2019): over-selection by 1.3, and a round that has three quarters of
+    its goal at the deadline counts. What cannot be raises :class:`TaskError`, at once and not when a round runs.
+    """
+
+    name: str
+    artifact: bytes | str | Path | SupportsToBytes = field(repr=False)
+    _: KW_ONLY
+    population: str = "default"  #: the group of devices that the task is meant for
+    rounds: int = 10
+    goal: int = 8  #: reports that close a round
+    min_reports: int | None = None  #: with fewer the round is abandoned; None: three quarters of ``goal``, rounded up
+    over_selection: float = 1.3  #: at most ``goal * over_selection`` devices work at once
+    deadline: float = 600.0  #: of a round, in seconds
+    evaluate_every: int = 1  #: rounds between evaluations on devices; 0: never
+    evaluation_reports: int | None = None  #: reports wanted for an evaluation; None: ``goal``
+    local: LocalTraining = field(default_factory=LocalTraining)
+    personalization: Personalization | None = None
+    update: UpdateCodec = field(default_factory=UpdateCodec)  #: 8-bit integers
+    clip_norm: float | None = None  #: L2 norm over the whole update; None does not clip
+    weighting: Literal["examples", "uniform"] = "examples"
+    max_weight: float = 10_000.0  #: of one update
+    strategy: str | Strategy = "fedavg"
+
+    def __post_init__(self) -> None:
+        bundle = self.to_bundle()
+        check_bundle(bundle)
+        if bundle.server.strategy in STRATEGIES:
+            check_server_plan(bundle.server)
+        self._check_against_artifact()
+
+    @cached_property
+    def artifact_bytes(self) -> bytes:
+        """The artifact's file, as devices fetch it."""
+        if isinstance(self.artifact, bytes):
+            return self.artifact
+        if isinstance(self.artifact, str | Path):
+            try:
+                return Path(self.artifact).read_bytes()
+            except OSError as error:
+                raise TaskError("the artifact's file cannot be read", got=error) from error
+        return self.artifact.to_bytes()
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The tensors that travel: all but the personal ones."""
+        return layout_of(self._decoded.variables, self.local.personal)
+
+    def initial_parameters(self) -> dict[str, FloatArray]:
+        """Version 0: the artifact's initial values of the tensors that travel, in the author's shapes."""
+        travelling = {spec.name for spec in self.layout}
+        parameters: dict[str, FloatArray] = {}
+        for variable in self._decoded.variables:
+            if variable.name in travelling:
+                count = math.prod(variable.dims)
+                values = np.frombuffer(self._decoded.state, "<f4", count, variable.offset).reshape(variable.dims)
+                parameters[variable.name] = np.array(values.transpose(variable.perm), np.float32, order="C")
+        return parameters
+
+    def encoded_parameters(self) -> bytes:
+        """Version 0 as the blob that devices fetch."""
+        return encode_tensors(self.initial_parameters(), self.layout)
+
+    def to_bundle(self) -> task_pb2.TaskBundle:
+        """The task as it is signed and sent."""
+        strategy = Strategy(self.strategy) if isinstance(self.strategy, str) else self.strategy
+        return task_pb2.TaskBundle(
+            name=self.name,
+            population=self.population,
+            artifact=common_pb2.BlobRef(sha256=sha256(self.artifact_bytes), size_bytes=len(self.artifact_bytes)),
+            layout=layout_to_proto(self.layout),
+            local=self._local_plan(),
+            update=self._update_plan(),
+            round=self._round_policy(),
+            server=task_pb2.ServerPlan(strategy=strategy.name, arguments=strategy.arguments),
+            training_bytes=self._training_bytes(),
+        )
+
+    def _local_plan(self) -> task_pb2.LocalPlan:
+        local, personalization = self.local, self.personalization
+        return task_pb2.LocalPlan(
+            epochs=_whole("local.epochs", local.epochs),
+            batch_size=_whole("local.batch_size", local.batch_size, least=1),
+            learning_rate=local.learning_rate,
+            final_learning_rate=_positive("local.final_learning_rate", local.final_learning_rate),
+            max_steps=_whole("local.max_steps", local.max_steps, least=1),
+            min_examples=_whole("local.min_examples", local.min_examples),
+            personal=_patterns("local.personal", local.personal),
+            personalization=None if personalization is None else _personalization_plan(personalization),
+        )
+
+    def _update_plan(self) -> task_pb2.UpdatePlan:
+        weightings = {"examples": task_pb2.WEIGHTING_EXAMPLES, "uniform": task_pb2.WEIGHTING_UNIFORM}
+        if self.weighting not in weightings:
+            raise TaskError("weighting is unknown", expected=" or ".join(weightings), got=self.weighting)
+        plan = self.update.to_plan()
+        plan.clip_norm = _positive("clip_norm", self.clip_norm)
+        plan.weighting = weightings[self.weighting]
+        plan.max_weight = self.max_weight
+        return plan
+
+    def _round_policy(self) -> task_pb2.RoundPolicy:
+        goal = _whole("goal", self.goal, least=1)
+        if not (math.isfinite(self.deadline) and self.deadline > 0):
+            raise TaskError(
+                "deadline is out of range", expected="a finite number of seconds above 0", got=self.deadline
+            )
+        return task_pb2.RoundPolicy(
+            goal_reports=goal,
+            min_reports=-(-3 * goal // 4) if self.min_reports is None else _whole("min_reports", self.min_reports),
+            over_selection=self.over_selection,
+            deadline_ms=max(1, round(self.deadline * 1000)),
+            rounds=_whole("rounds", self.rounds),
+            evaluate_every=_whole("evaluate_every", self.evaluate_every),
+            evaluation_reports=_whole("evaluation_reports", self.evaluation_reports, least=1),
+        )
+
+    # ------------------------------------------------------------------------------------------ against the artifact
+
+    @cached_property
+    def _decoded(self) -> Artifact:
+        return decode_artifact(self.artifact_bytes)
+
+    def _program(self) -> Program:
+        try:
+            return self._decoded.program("train")
+        except KeyError:
+            raise TaskError(
+                "the artifact cannot be trained: it has no program 'train'",
+                got=[program.name for program in self._decoded.programs],
+                fix="Compile the model with a loss and at least one trainable tensor.",
+            ) from None
+
+    def _training_bytes(self) -> int:
+        program = self._program()
+        return len(self._decoded.state) + self._decoded.slot_bytes + program.arena_bytes + program.workspace_bytes
+
+    def _check_against_artifact(self) -> None:
+        """Patterns that match nothing are typing errors, and a batch larger than the program's cannot run."""
+        max_batch = self._program().max_batch
+        if self.local.batch_size is not None and self.local.batch_size > max_batch:
+            raise TaskError(
+                "local.batch_size is larger than the artifact's batch",
+                expected=f"at most {max_batch}",
+                got=self.local.batch_size,
+                fix="Compile the model with example inputs of a larger batch.",
+            )
+        floats = [variable for variable in self._decoded.variables if variable.dtype == DType.F32]
+        trainable = [variable.name for variable in floats if variable.flags == VariableFlag.TRAINABLE]
+        _require_matches("local.personal", self.local.personal, [variable.name for variable in floats])
+        if self.personalization is not None:
+            _require_matches("personalization.trainable", self.personalization.trainable, trainable)
+
+
+def _personalization_plan(personalization: Personalization) -> task_pb2.Personalization:
+    return task_pb2.Personalization(
+        epochs=_whole("personalization.epochs", personalization.epochs, least=1),
+        learning_rate=personalization.learning_rate,
+        trainable=_patterns("personalization.trainable", personalization.trainable),
+    )
+
+
+def _whole(name: str, value: int | None, least: int = 0) -> int:
+    """A whole number that fits the message's field; None becomes the field's 0."""
+    if value is None:
+        return 0
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = -1
+    if not least <= whole < 1 << 32:
+        raise TaskError(f"{name} is out of range", expected=f"a whole number of at least {least}", got=value)
+    return whole
+
+
+def _positive(name: str, value: float | None) -> float:
+    """None becomes the field's 0."""
+    if value is None:
+        return 0.0
+    if not value > 0:
+        raise TaskError(f"{name} is out of range", expected="a number above 0, or None", got=value)
+    return value
+
+
+def _patterns(name: str, patterns: Sequence[str]) -> list[str]:
+    if isinstance(patterns, str):
+        raise TaskError(
+            f"{name} is one text", expected="a sequence of patterns", got=patterns, fix=f"Write [{patterns!r}]."
+        )
+    return list(patterns)
+
+
+def _require_matches(name: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(candidate, pattern) for candidate in names):
+            raise TaskError(
+                f"{name} has a pattern that matches no tensor", expected=f"one of {list(names)}", got=pattern
+            )
