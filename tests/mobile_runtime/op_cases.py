@@ -1,4 +1,4 @@
-"""One random program per operation: shapes, attributes, batch and values drawn by hypothesis, for tests that compare engines."""
+"""One random program per operation, for tests that compare engines: shapes, attributes, batch and values are drawn."""
 
 from __future__ import annotations
 
@@ -448,10 +448,8 @@ def _fill(c: Case) -> None:
 def _any_dtype(c: Case, *dims: int, batched: bool = True) -> DType:
     """Adds an input of a random dtype, or of the dtype of the first one."""
     shape = c.live(dims, batched)
-    if c.operands:
-        dtype = c.builder.tensors[c.operands[0]].dtype
-    else:
-        dtype = c.draw(st.sampled_from(list(DType)))
+    first = c.operands[0] if c.operands else None
+    dtype = c.draw(st.sampled_from(list(DType))) if first is None else c.builder.tensors[first].dtype
     value = c.floats(*shape) if dtype == DType.F32 else c.integers(0, 100, *shape, dtype=_NUMPY[dtype])
     c.input(*dims, value=value, batched=batched)
     return dtype

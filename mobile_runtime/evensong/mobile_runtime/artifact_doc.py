@@ -31,7 +31,8 @@ def filled_in(text: str) -> str:
 
 def operations_table() -> str:
     """One Markdown row an operation."""
-    rows = ["| code | operation | operands | attributes | signature | in place | meaning |", "|---|---|---|---|---|---|---|"]
+    titles = ("code", "operation", "operands", "attributes", "signature", "in place", "meaning")
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, spec in OPS.items():
         operands = " ".join(
             f"**{operand}**" if position in spec.updates else operand for position, operand in enumerate(spec.inputs)
@@ -52,7 +53,7 @@ def operations_table() -> str:
     return "\n".join(rows)
 
 
-# ------------------------------------------------------------------------------------------------- the annotated example
+# ------------------------------------------------------------------------------------------- the annotated example
 
 
 def annotated(data: bytes) -> str:

@@ -120,7 +120,7 @@ def decode_artifact(data: bytes) -> Artifact:
     """
     sections = _read_sections(data)
     try:
-        manifest = json.loads(bytes(sections[_MANIFEST]))
+        manifest = json.loads(bytes(sections[_MANIFEST]).decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ArtifactError("the manifest is not JSON", got=str(error)) from None
     if not isinstance(manifest, dict):
@@ -135,6 +135,10 @@ def decode_artifact(data: bytes) -> Artifact:
         raise ArtifactError("two programs share a name", got=[p.name for p in programs])
     extra = {kind: bytes(part) for kind, part in sections.items() if kind not in _REQUIRED}
     return Artifact(manifest, variables, programs, bytes(const), bytes(state), slot_bytes, extra)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _read_sections(data: bytes) -> dict[int, memoryview]:
