@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from evensong.simulations import virtual_time
+from evensong.simulations.counting import CountingTransport
 from evensong.simulations.in_memory import InMemoryTransport, Network
 from evensong.simulations.virtual_time import SimulatedClock
 from evensong.wire.errors import EvensongError, UnreachableError
@@ -48,12 +49,13 @@ async def _outcomes(network: Network, seed: int, calls: int = 200) -> tuple[list
 def test_bytes_and_metadata_arrive_and_are_counted() -> None:
     async def main() -> None:
         echo, metadata = Echo(), [("evensong-signature-bin", b"\x00\xff"), ("evensong-device", "ab")]
-        transport = InMemoryTransport(echo, SimulatedClock(), Network(), np.random.default_rng(0))
+        line = InMemoryTransport(echo, SimulatedClock(), Network(), np.random.default_rng(0))
+        transport = CountingTransport(line)
         assert await transport.call(DEVICE_SERVICE + "CheckIn", b"hello", metadata) == b"olleh"
         received = [part async for part in transport.stream(DEVICE_SERVICE + "Download", b"xyz", metadata)]
         assert received == [b"x", b"y", b"z"]
         assert echo.acted[0] == (DEVICE_SERVICE + "CheckIn", b"hello", metadata)
-        assert (transport.calls, transport.bytes_up, transport.bytes_down) == (2, 8, 8)
+        assert (transport.calls, transport.bytes_up, transport.bytes_down) == (2, 8 + 2 * (24 + 17), 8)
 
     virtual_time.run(main())
 

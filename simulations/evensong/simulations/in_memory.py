@@ -36,8 +36,8 @@ class Network:
 class InMemoryTransport:
     """One device's line to a dispatcher; implements :class:`evensong.wire.transport.Transport`.
 
-    ``random`` decides delays and losses: give each device its own, and no device's traffic changes another's luck. The
-    counters hold what was put on the line in each direction, lost or not.
+    ``random`` decides delays and losses: give each device its own, and no device's traffic changes another's luck.
+    ``lost`` counts messages that did not arrive.
     """
 
     def __init__(self, dispatcher: Dispatcher, clock: Clock, network: Network, random: np.random.Generator) -> None:
@@ -45,32 +45,22 @@ class InMemoryTransport:
         self._clock = clock
         self._network = network
         self._random = random
-        self.calls = 0
         self.lost = 0
-        self.bytes_up = 0
-        self.bytes_down = 0
 
     async def call(self, method: str, body: bytes, metadata: Metadata) -> bytes:
-        await self._send(method, body)
-        return await self._receive(method, await self._dispatcher.call(method, body, metadata))
+        await self._travel(method, self._network.lost_request)
+        answer = await self._dispatcher.call(method, body, metadata)
+        await self._travel(method, self._network.lost_response)
+        return answer
 
     async def stream(self, method: str, body: bytes, metadata: Metadata) -> AsyncIterator[bytes]:
-        await self._send(method, body)
+        await self._travel(method, self._network.lost_request)
         async for message in self._dispatcher.stream(method, body, metadata):
-            yield await self._receive(method, message)
+            await self._travel(method, self._network.lost_response)
+            yield message
 
     async def close(self) -> None:
         """Nothing to close."""
-
-    async def _send(self, method: str, body: bytes) -> None:
-        self.calls += 1
-        self.bytes_up += len(body)
-        await self._travel(method, self._network.lost_request)
-
-    async def _receive(self, method: str, message: bytes) -> bytes:
-        self.bytes_down += len(message)
-        await self._travel(method, self._network.lost_response)
-        return message
 
     async def _travel(self, method: str, loss: float) -> None:
         delay, luck = self._random.uniform(*self._network.latency), self._random.random()
