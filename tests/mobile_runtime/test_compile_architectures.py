@@ -1,4 +1,4 @@
-"""Random small architectures trained for eight steps: the engines must follow torch, whatever the compiler makes of them."""
+"""Random small architectures trained for eight steps: whatever the compiler makes of them, the engines follow torch."""
 
 from __future__ import annotations
 

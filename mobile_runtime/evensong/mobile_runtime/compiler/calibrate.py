@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,13 +92,19 @@ class Calibrator:
 def quantization(low: float, high: float) -> Quantization:
     """The int8 grid over ``[low, high]``, widened to hold zero exactly."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = float(np.float32((high - low) / 255))
+    scale = _short((high - low) / 255)
     if not scale > 1e-30:
         return Quantization(1.0, 0)
     return Quantization(scale, int(np.clip(np.rint(-128 - low / scale), -128, 127)))
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _short(scale: float) -> float:
+    """``scale`` with 12 bits: the last bits of a range differ between machines, those of an artifact must not."""
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(math.ceil(mantissa * 4096), exponent - 12)
 
 
 class _Seen:
@@ -122,7 +129,7 @@ def _squared_error(samples: npt.NDArray[np.float32], choice: Quantization) -> fl
 
 
 def _run(nodes: Sequence[Node], ports: Mapping[Value, Data]) -> Iterator[tuple[Value, Data]]:
-    """Runs float32 nodes on the twin's kernels; yields each root value with its content."""
+    """Runs float32 nodes on the twin's kernels, in float64; yields each root value with its content."""
     count = len(next(iter(ports.values())))
     contents: dict[Value, Data] = dict(ports)
     yield from ports.items()
@@ -133,7 +140,7 @@ def _run(nodes: Sequence[Node], ports: Mapping[Value, Data]) -> Iterator[tuple[V
             data = value.root.data
         if data is None:
             raise AssertionError(f"{value.name} has no content")
-        return data.reshape(shape(value))
+        return (data.astype(np.float64) if value.dtype == DType.F32 else data).reshape(shape(value))
 
     def shape(value: Value) -> tuple[int, ...]:
         return (value.dims[0] * count, *value.dims[1:]) if value.batched else value.dims
@@ -150,7 +157,7 @@ def _run(nodes: Sequence[Node], ports: Mapping[Value, Data]) -> Iterator[tuple[V
         results = kernel(call, *map(content, node.inputs), **node.attrs)
         several = results if isinstance(results, tuple) else (results,)
         for value, result in zip(node.outputs, several, strict=False):
-            contents[value.root] = np.asarray(result, value.dtype.numpy).reshape(shape(value.root))
+            contents[value.root] = np.asarray(result).reshape(shape(value.root))
             yield value.root, contents[value.root]
 
 

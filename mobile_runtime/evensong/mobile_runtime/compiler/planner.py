@@ -2,19 +2,20 @@
 
 Offline storage allocation is NP-hard; greedy-by-size with best fit (Pisarchyk and Lee, *Efficient memory management
 for deep neural net inference*, MLSys 2020) usually reaches the lower bound, the largest sum of live bytes. Several
-orders are tried and the best is kept.
+orders are tried and the best is mended by local search.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from random import Random
 
 from evensong.mobile_runtime.compiler.ir import Graph, Node, Value
 from evensong.wire.artifact import align
 from evensong.wire.program import OPS, Region
 
-_REPAIRS, _REPAIR_WORK = 200, 400_000  #: tries to mend a plan, and a limit on tries times tensors squared
+_TRIES, _WORK = 2000, 4_000_000  #: moves of the local search, and a limit on moves times tensors squared
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,18 @@ def place(lifetimes: Sequence[Lifetime]) -> list[int]:
         lambda i: (-lifetimes[i].last, -sizes[i], i),
     ]
     bound = lower_bound(lifetimes)
-    tried = [_greedy(sizes, lifetimes, sorted(range(len(lifetimes)), key=key)) for key in orders]
-    best = min(tried, key=lambda offsets: _height(offsets, sizes))
-    order = sorted(range(len(lifetimes)), key=lambda i: (best[i], -sizes[i], i))
-    for _ in range(min(_REPAIRS, _REPAIR_WORK // max(1, len(order) ** 2))):
-        height = _height(best, sizes)
-        if height == bound:
+    starts = [sorted(range(len(lifetimes)), key=key) for key in orders]
+    tried = [(_greedy(sizes, lifetimes, order), order) for order in starts]
+    best, order = min(tried, key=lambda found: _height(found[0], sizes))
+    random = Random(0)  # random() of a given seed is the same in every version of Python
+    for _ in range(min(_TRIES, _WORK // max(1, len(order) ** 2))):
+        if _height(best, sizes) == bound:
             break
-        # whatever stands on top goes first in the next try
-        offsets = _greedy(sizes, lifetimes, order)
-        if _height(offsets, sizes) < height:
-            best = offsets
-        top = max(order, key=lambda i: (offsets[i] + sizes[i], -order.index(i)))
-        order = [top, *(i for i in order if i != top)]
+        changed = order.copy()
+        changed.insert(int(random.random() * len(order)), changed.pop(int(random.random() * len(order))))
+        offsets = _greedy(sizes, lifetimes, changed)
+        if _height(offsets, sizes) <= _height(best, sizes):
+            best, order = offsets, changed
     return best
 
 

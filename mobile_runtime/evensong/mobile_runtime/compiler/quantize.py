@@ -198,7 +198,7 @@ def _table(q: Quantizer, node: Node) -> bool:
     if not q.has_int8(node.inputs[0]):
         return False
     x, y = q.int8_of(node.inputs[0]), q.define(node.outputs[0])
-    inputs = ((np.arange(-128, 128) - x.zero_point) * x.scale).astype(np.float32)
+    inputs = (np.arange(-128, 128, dtype=np.float64) - x.zero_point) * x.scale
     tensor = Tensor(DType.F32, Region.ARENA, (256,), 0)
     call = Call(((256,),), (tensor,), (tensor,), Clock(0.0, 1, 0))
     results = np.asarray(KERNELS[node.op](call, inputs, **node.attrs), np.float64)
