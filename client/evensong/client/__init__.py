@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from evensong.client.grpc_transport import GrpcTransport, Tls
     from evensong.client.outcomes import Aborted, Dropped, Evaluated, Idle, NotReady, Outcome, Postponed, Trained
 
+__version__ = "0.1.0"  #: of the SDK and the runtime that it brings: what a check-in tells the coordinator
+
 _HOMES = {
     "cache": ("Cache", "FolderCache", "MemoryCache"),
     "conditions": ("AlwaysReady", "Conditions", "LinuxConditions", "Unmet"),

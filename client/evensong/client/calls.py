@@ -34,7 +34,8 @@ class Calls:
         return await self._call("Enrol", body, device_pb2.EnrolResponse)
 
     async def check_in(self, body: bytes) -> device_pb2.CheckInResponse:
-        return await self._call("CheckIn", body, device_pb2.CheckInResponse)
+        """A refusal is left in the response: models for ``predict`` may stand beside it."""
+        return await self._call("CheckIn", body, device_pb2.CheckInResponse, refusals=False)
 
     async def begin_upload(self, request: device_pb2.BeginUploadRequest) -> device_pb2.BeginUploadResponse:
         return await self._call("BeginUpload", request.SerializeToString(), device_pb2.BeginUploadResponse)

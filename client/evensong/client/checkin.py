@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import metadata
 
+from evensong.client import __version__
 from evensong.client.callbacks import CheckedIn
 from evensong.client.context import Context
 from evensong.client.errors import RefusedError
@@ -19,50 +19,40 @@ _WORK = {device_pb2.WORK_TRAIN: "train", device_pb2.WORK_EVALUATE: "evaluate"}
 
 @dataclass(frozen=True)
 class Answer:
-    """``work`` is stored already. ``serving`` is not verified yet."""
+    """``work`` is stored already. ``serving`` is not verified yet; it may come beside a refusal of work."""
 
     work: Work | None
     serving: tuple[device_pb2.Serving, ...]
     retry: common_pb2.RetryWindow
+    refused: RefusedError | None = None
 
 
 async def check_in(context: Context, *, hold_ms: int) -> Answer:
     """One CheckIn. An unanswered one is sent again as it was, so that an assignment whose answer got lost is not lost.
 
-    Raises :class:`RefusedError` and :class:`UnreachableError`.
+    Raises :class:`UnreachableError`.
     """
     body = context.state.request(_REQUEST)
     if body is None:
         body = _request(context, hold_ms)
         context.state.set_request(_REQUEST, body)
-    try:
-        response = await context.calls.check_in(body)
-    except RefusedError:
-        context.state.clear_request(_REQUEST)
-        raise
-    work = _accept(context, response)
+    response = await context.calls.check_in(body)
+    refused = RefusedError(response.refusal, response.retry) if response.HasField("refusal") else None
+    work = None if refused else _accept(context, response)
     with context.state.transaction():
         context.state.clear_request(_REQUEST)
         if work:
             context.state.set_work(work)
     given = response.assignment
     context.callbacks.emit(CheckedIn(_WORK[given.work], given.task_id) if work else CheckedIn(None, None))
-    return Answer(work, tuple(response.serving[:_MOST_SERVED]), response.retry)
-
-
-def runtime_version() -> str:
-    """Of the installed evensong, "major.minor.patch"; 0.0.0 in a source tree that was never installed."""
-    try:
-        return metadata.version("evensong")
-    except metadata.PackageNotFoundError:
-        return "0.0.0"
+    return Answer(work, tuple(response.serving[:_MOST_SERVED]), response.retry, refused)
 
 
 def _request(context: Context, hold_ms: int) -> bytes:
     return device_pb2.CheckInRequest(
         request_id=context.randomness.token(16),
         population=context.population,
-        runtime_version=runtime_version(),
+        runtime_version=__version__,
         memory_bytes=context.memory_bytes,
         training_examples=context.examples.count("train"),
         evaluation_examples=context.examples.count("test"),

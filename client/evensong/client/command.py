@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from evensong.client import __version__
 from evensong.wire.errors import EvensongError
 
 GROUP = "evensong.commands"
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help(verbs))
         return 0 if arguments else WRONG_USE
     if arguments[0] in ("-V", "--version"):
-        print(f"evensong {_version()}")
+        print(f"evensong {__version__}")
         return 0
     verb, *rest = arguments
     if verb not in verbs:
@@ -144,13 +145,6 @@ def _missing(error: ImportError) -> str:
     if package in _EXTRAS:
         return f'this needs {package}, which is not installed: pip install "evensong[{_EXTRAS[package]}]"'
     return str(error)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("evensong")
-    except metadata.PackageNotFoundError:
-        return "0.0.0 (a source tree that was not installed)"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from evensong.client.errors import (
     ClientError,
     ConditionsChangedError,
     EnrolmentError,
-    RefusedError,
     StateError,
     StorageFullError,
     UnfitError,
@@ -191,14 +190,17 @@ class Device:
         work = context.state.work()
         if work is not None:  # a former step or a former life did not finish it
             return await execute(context, work)
-        try:
-            answer = await check_in(context, hold_ms=context.limits.hold_ms)
-        except RefusedError as error:
-            return self._refused(error)
+        answer = await check_in(context, hold_ms=context.limits.hold_ms)
+        if answer.refused and answer.refused.reason == common_pb2.REFUSAL_REASON_UNKNOWN_DEVICE:
+            raise EnrolmentError(
+                "the coordinator does not know this device, or has revoked it",
+                got=answer.refused.message or None,
+                fix="`evensong device reset`, then enrol with a new token.",
+            )
         if answer.work is None:
             await self._serving.adopt(answer.serving)
             await self._personalize_new_versions()
-            return Idle(draw_wait(answer.retry, context.randomness))
+            return Idle(draw_wait(answer.retry, context.randomness), answer.refused.name if answer.refused else None)
         outcome = await execute(context, answer.work)
         await self._serving.adopt(answer.serving)
         return outcome
@@ -303,15 +305,6 @@ class Device:
         self.close()
 
     # ---------------------------------------------------------------------------------------------------------- helpers
-
-    def _refused(self, error: RefusedError) -> Outcome:
-        if error.reason == common_pb2.REFUSAL_REASON_UNKNOWN_DEVICE:
-            raise EnrolmentError(
-                "the coordinator does not know this device, or has revoked it",
-                got=error.message or None,
-                fix="`evensong device reset`, then enrol with a new token.",
-            ) from error
-        return Idle(draw_wait(error.retry, self._context.randomness), error.name)
 
     async def _personalize_new_versions(self) -> None:
         """In a quiet moment: versions that arrived since are adapted as the task or the user wants."""

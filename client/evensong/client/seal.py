@@ -37,5 +37,5 @@ def seal(
     """
     clipped, norm = clip_to_norm(delta, plan.clip_norm)
     data = UpdateCodec.from_plan(plan).encode(clipped, layout, rounding)
-    weight = 1.0 if plan.weighting == task_pb2.WEIGHTING_UNIFORM else float(examples)
-    return SealedUpdate(data, min(weight, plan.max_weight), norm)
+    uniform = plan.weighting == task_pb2.WEIGHTING_UNIFORM
+    return SealedUpdate(data, 1.0 if uniform else min(float(examples), plan.max_weight), norm)

@@ -83,7 +83,13 @@ class Serving:
         if not is_new:
             return
         open_session(context, material).close()  # it runs here, or the old version stays
-        context.state.set_served(row)
+        # Of tasks that share a name, the newest counts: it replaces what the same application served before.
+        same_name = [
+            each.task_id
+            for each in self.tasks()
+            if each.bundle.name == model.bundle.name and each.task_id != model.task_id
+        ]
+        context.state.set_served(row, replaces=same_name)
         keep = [blob for each in self.tasks() for blob in (each.bundle.artifact, each.version.parameters)]
         context.cache.trim([blob.sha256 for blob in keep])
         self.refresh()

@@ -8,7 +8,7 @@ same request is sent again, and the coordinator answers as it did the first time
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -168,8 +168,12 @@ class State:
         rows = self._database.rows("SELECT task_id, bundle, version FROM served ORDER BY task_id")
         return [ServedRow(*row) for row in rows]
 
-    def set_served(self, row: ServedRow) -> None:
+    def set_served(self, row: ServedRow, *, replaces: Collection[str] = ()) -> None:
+        """``replaces``: tasks that are not served any more, with their overlays."""
         with self._database.transaction() as connection:
+            for task_id in replaces:
+                connection.execute("DELETE FROM served WHERE task_id = ?", (task_id,))
+                connection.execute("DELETE FROM overlays WHERE task_id = ?", (task_id,))
             connection.execute("INSERT OR REPLACE INTO served VALUES (?, ?, ?)", (row.task_id, row.bundle, row.version))
 
     # what is this device's own: personal tensors (for every version) and overlays (for one version)

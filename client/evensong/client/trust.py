@@ -20,7 +20,7 @@ from evensong.wire.program import Artifact
 from evensong.wire.signing import verify_blob
 from evensong.wire.tensors import Layout, layout_from_proto, layout_of, layout_size
 
-_MOST_RATE = 1e3
+_MOST_RATE = 1e6
 _FRAME_BYTES = 1 << 16  # what encoded parameters may weigh beyond their values: names and shapes
 
 
