@@ -1,0 +1,385 @@
+"""``evensong task ...`` and ``evensong devices ...``: submit, watch and steer tasks; enrol and revoke devices."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import click
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from evensong.coordinator.bundle import TaskError
+from evensong.coordinator.credentials import Tls
+from evensong.coordinator.handle import DEFAULT_ADDRESS, Coordinator, NotFoundError
+from evensong.coordinator.task import LocalTraining, Strategy, Task
+from evensong.coordinator.views import EventKind, Metrics, TaskEvent, TaskState, TaskStatus
+from evensong.wire.codecs import UpdateCodec
+from evensong.wire.errors import EvensongError
+from evensong.wire.tensors import encode_tensors, layout_from_proto
+
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+
+task_app = typer.Typer(help="Federated training tasks on a coordinator.", no_args_is_help=True)
+devices_app = typer.Typer(help="Devices of a coordinator, and the tokens with which they enrol.", no_args_is_help=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``evensong task``."""
+    return _run(task_app, "evensong task", argv)
+
+
+def devices_main(argv: Sequence[str] | None = None) -> int:
+    """``evensong devices``."""
+    return _run(devices_app, "evensong devices", argv)
+
+
+def _run(app: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
+    """Exit codes: 0 done, 1 refused or failed, 2 wrong command line, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name=name, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except EvensongError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return FAILED
+    except click.exceptions.Abort:
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+
+
+# ------------------------------------------------------------------------------------------------------- the connection
+
+Address = Annotated[str, typer.Option("--address", envvar="EVENSONG_ADDRESS", help="HOST:PORT of the coordinator.")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="Operator's token; default: $EVENSONG_OPERATOR_TOKEN, or this machine's."),
+]
+CertificateAuthority = Annotated[
+    Path | None, typer.Option("--tls-ca", help="PEM of who signed the coordinator's certificate; implies TLS.")
+]
+TaskId = Annotated[str, typer.Argument(help="Id of a task, or the beginning of one.", metavar="TASK")]
+
+
+@contextmanager
+def _connected(address: str, token_file: Path | None, tls_ca: Path | None) -> Iterator[Coordinator]:
+    with Coordinator.connect(address, token_file, Tls(ca=tls_ca) if tls_ca else None) as coordinator:
+        yield coordinator
+
+
+def _find(coordinator: Coordinator, task_id: str) -> TaskStatus:
+    """The one task whose id begins so."""
+    found = [status for status in coordinator.tasks() if status.task_id.startswith(task_id)]
+    if len(found) != 1:
+        raise NotFoundError(
+            f"{'no' if not found else len(found)} tasks have an id that begins with {task_id!r}", expected="one"
+        )
+    return found[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+@task_app.command()
+def submit(
+    source: Annotated[Path, typer.Argument(help="A Python file that defines `task`, or a compiled artifact.")],
+    name: Annotated[str | None, typer.Option(help="Default: the artifact's file name.")] = None,
+    population: Annotated[str, typer.Option(help="Group of devices.")] = "default",
+    rounds: Annotated[int, typer.Option(help="Committed versions.")] = 10,
+    goal: Annotated[int, typer.Option(help="Reports that close a round.")] = 8,
+    deadline: Annotated[float, typer.Option(help="Seconds of a round.")] = 600.0,
+    epochs: Annotated[int, typer.Option(help="Local epochs.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Local learning rate.")] = 0.1,
+    personal: Annotated[list[str] | None, typer.Option(help="Pattern of tensors that stay on the device.")] = None,
+    bits: Annotated[int, typer.Option(help="Bits of an update's values; 32: float32.")] = 8,
+    clip_norm: Annotated[float | None, typer.Option(help="L2 norm of an update.")] = None,
+    strategy: Annotated[str, typer.Option(help="Server strategy.")] = "fedavg",
+    argument: Annotated[list[str] | None, typer.Option(help="Of the strategy, as eta=0.01.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay until the task has ended.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+    token_file: TokenFile = None,
+    tls_ca: CertificateAuthority = None,
+) -> int:
+    """Uploads and starts a task; prints its id. With a Python file, the options that describe the task are not used."""
+    if source.suffix == ".py":
+        task = _task_of(source)
+    else:
+        task = Task(
+            name or source.stem,
+            source,
+            population=population,
+            rounds=rounds,
+            goal=goal,
+            deadline=deadline,
+            local=LocalTraining(epochs=epochs, learning_rate=learning_rate, personal=personal or ()),
+            update=UpdateCodec(None if bits == 32 else bits),
+            clip_norm=clip_norm,
+            strategy=Strategy(strategy, **_arguments(argument or ())),
+        )
+    with _connected(address, token_file, tls_ca) as coordinator:
+        handle = coordinator.submit(task)
+        print(handle.task_id, flush=True)
+        return _watch(coordinator, handle.status()) if watch else 0
+
+
+@task_app.command(name="list")
+def list_tasks(
+    address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
+) -> None:
+    """All tasks."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        table = Table("task", "name", "population", "state", "round", "version", "created")
+        for status in coordinator.tasks():
+            table.add_row(
+                status.task_id,
+                status.name,
+                status.population,
+                status.state,
+                f"{status.round}/{status.rounds}",
+                str(status.version),
+                f"{status.created:%Y-%m-%d %H:%M}",
+            )
+        Console().print(table)
+
+
+@task_app.command()
+def show(
+    task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
+) -> None:
+    """One task in full."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        status = _find(coordinator, task)
+    layout = layout_from_proto(status.bundle.layout)
+    codec = UpdateCodec.from_plan(status.bundle.update)
+    policy, server = status.bundle.round, status.bundle.server
+    arguments = ", ".join(f"{key}={value:g}" for key, value in sorted(server.arguments.items()))
+    table = Table(show_header=False, box=None)
+    for key, value in (
+        ("task", status.task_id),
+        ("name", status.name),
+        ("population", status.population),
+        ("state", f"{status.state} {status.message}".rstrip()),
+        ("round", f"{status.round} of {status.rounds}"),
+        ("version", status.version),
+        (
+            "reports",
+            f"{policy.goal_reports} wanted, {policy.min_reports} needed within {policy.deadline_ms / 1000:g} s",
+        ),
+        ("strategy", f"{server.strategy}({arguments})"),
+        ("parameters", f"{sum(spec.size for spec in layout):,} in {len(layout)} tensors"),
+        ("update", f"{codec.encoded_bytes(layout):,} bytes"),
+        ("artifact", f"{status.bundle.artifact.size_bytes:,} bytes, sha256 {status.bundle.artifact.sha256.hex()}"),
+        ("created", f"{status.created:%Y-%m-%d %H:%M:%S} UTC"),
+    ):
+        table.add_row(key, str(value))
+    Console().print(table)
+
+
+@task_app.command()
+def watch(
+    task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
+) -> int:
+    """Follows a task until it ends; 1 if it failed or was stopped."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        return _watch(coordinator, _find(coordinator, task))
+
+
+@task_app.command()
+def versions(
+    task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
+) -> None:
+    """The committed models of a task, with their lineage."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        table = Table("version", "parent", "round", "reports", "weight", "training", "evaluation", "created", "")
+        for version in coordinator.versions(_find(coordinator, task).task_id):
+            table.add_row(
+                str(version.number),
+                str(version.parent) if version.number else "-",
+                str(version.round),
+                str(version.reports),
+                f"{version.total_weight:g}",
+                _describe(version.training),
+                _describe(version.evaluation),
+                f"{version.created:%Y-%m-%d %H:%M}",
+                "serving" if version.serving else "",
+            )
+        Console().print(table)
+
+
+@task_app.command()
+def download(
+    task: TaskId,
+    output: Annotated[Path, typer.Argument(help="File to write: .npz for NumPy, else evensong's tensor format.")],
+    version: Annotated[int | None, typer.Option(help="Default: the one that is served.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    token_file: TokenFile = None,
+    tls_ca: CertificateAuthority = None,
+) -> None:
+    """Writes the parameters of a version to a file."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        status = _find(coordinator, task)
+        parameters = coordinator.download(status.task_id, version)
+    if output.suffix == ".npz":
+        np.savez(output, **parameters)  # type: ignore[arg-type,unused-ignore]
+    else:
+        output.write_bytes(encode_tensors(parameters, layout_from_proto(status.bundle.layout)))
+    print(f"{output}: {len(parameters)} tensors, {sum(array.size for array in parameters.values()):,} parameters")
+
+
+@task_app.command()
+def promote(
+    task: TaskId,
+    version: Annotated[int, typer.Argument(help="Number of the version.")],
+    address: Address = DEFAULT_ADDRESS,
+    token_file: TokenFile = None,
+    tls_ca: CertificateAuthority = None,
+) -> None:
+    """Makes a version the one that devices predict with and training goes on from."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        coordinator.promote(_find(coordinator, task).task_id, version)
+    print(f"version {version} is served")
+
+
+@task_app.command()
+def rollback(
+    task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
+) -> None:
+    """Promotes the parent of the version that is served."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        number = coordinator.rollback(_find(coordinator, task).task_id)
+    print(f"version {number} is served")
+
+
+@task_app.command()
+def stop(
+    task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
+) -> None:
+    """Ends a task; its versions stay."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        coordinator.stop(_find(coordinator, task).task_id)
+    print("stopped")
+
+
+def _task_of(source: Path) -> Task:
+    if not source.is_file():
+        raise TaskError("there is no such file", got=source)
+    found = runpy.run_path(str(source)).get("task")
+    if not isinstance(found, Task):
+        raise TaskError(
+            f"{source} does not define a task", expected="a variable `task`, a Task", got=type(found).__name__
+        )
+    return found
+
+
+def _arguments(pairs: Sequence[str]) -> dict[str, float]:
+    arguments = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            arguments[name] = float(value)
+        except ValueError:
+            raise TaskError("an argument of the strategy is malformed", expected="NAME=NUMBER", got=pair) from None
+    return arguments
+
+
+# ------------------------------------------------------------------------------------------------------------- watching
+
+
+def _watch(coordinator: Coordinator, status: TaskStatus) -> int:
+    """A line for each event that matters, and on a terminal two bars that move."""
+    console = Console()
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        versions = progress.add_task("versions", total=status.rounds)
+        reports = progress.add_task("reports", total=status.bundle.round.goal_reports)
+        for event in coordinator.watch(status.task_id):
+            if event.kind == EventKind.ROUND_STARTED:
+                progress.reset(reports, total=status.bundle.round.goal_reports)
+            elif event.kind == EventKind.REPORT_ACCEPTED:
+                progress.update(reports, completed=event.reports)
+            elif event.kind in (EventKind.VERSION_COMMITTED, EventKind.VERSION_PROMOTED):
+                progress.update(versions, completed=event.version)
+            if event.kind != EventKind.REPORT_ACCEPTED:
+                progress.console.print(_line(event), highlight=False, markup=False)
+    return 0 if coordinator.task(status.task_id).state == TaskState.COMPLETE else FAILED
+
+
+def _line(event: TaskEvent) -> str:
+    what = event.kind.replace("_", " ")
+    parts = [f"{event.time:%H:%M:%S}  {what:<17}  round {event.round:<4} version {event.version:<4}"]
+    if event.reports:
+        parts.append(f"{event.reports} reports")
+    if event.metrics:
+        parts.append(_describe(event.metrics))
+    if event.bytes_up or event.bytes_down:
+        parts.append(f"{event.bytes_up / 1e6:.2f} MB up, {event.bytes_down / 1e6:.2f} MB down")
+    return "  ".join([*parts, event.message]).rstrip()
+
+
+def _describe(metrics: Metrics | None) -> str:
+    return f"loss {metrics.loss:.4f} accuracy {metrics.accuracy:.4f}" if metrics else "-"
+
+
+# -------------------------------------------------------------------------------------------------------------- devices
+
+
+@devices_app.command(name="list")
+def list_devices(
+    address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
+) -> None:
+    """All enrolled devices."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        table = Table("device", "population", "enrolled", "last seen", "reports", "", "last refusal")
+        for device in coordinator.devices():
+            table.add_row(
+                device.device_id,
+                device.population,
+                f"{device.enrolled:%Y-%m-%d %H:%M}",
+                f"{device.last_seen:%Y-%m-%d %H:%M}" if device.last_seen else "-",
+                str(device.accepted_reports),
+                "revoked" if device.revoked else "",
+                device.last_refusal,
+            )
+        Console().print(table)
+
+
+@devices_app.command()
+def revoke(
+    device: Annotated[str, typer.Argument(help="Id of the device.")],
+    address: Address = DEFAULT_ADDRESS,
+    token_file: TokenFile = None,
+    tls_ca: CertificateAuthority = None,
+) -> None:
+    """Refuses a device from now on."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        coordinator.revoke(device)
+    print("revoked")
+
+
+@devices_app.command()
+def token(
+    population: Annotated[str, typer.Option(help="Group that the devices join.")] = "default",
+    uses: Annotated[int, typer.Option(help="How many devices may use it.")] = 1,
+    hours: Annotated[float, typer.Option(help="How long it is good for.")] = 24.0,
+    address: Address = DEFAULT_ADDRESS,
+    token_file: TokenFile = None,
+    tls_ca: CertificateAuthority = None,
+) -> None:
+    """Prints a token with which devices enrol. It is shown only once."""
+    with _connected(address, token_file, tls_ca) as coordinator:
+        issued = coordinator.create_token(population, uses, hours * 3600)
+    print(issued)
+    print(f"for {uses} device(s) of {population!r} until {issued.expires:%Y-%m-%d %H:%M} UTC", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
