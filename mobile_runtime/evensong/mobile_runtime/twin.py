@@ -25,6 +25,7 @@ from evensong.mobile_runtime import (  # one module a family of operations
     twin_ops_pool,
 )
 from evensong.mobile_runtime.errors import DivergedError, RuntimeFault
+from evensong.mobile_runtime.signatures import signature
 from evensong.mobile_runtime.twin_call import Array, Call, Clock, Kernel
 from evensong.mobile_runtime.verify import verify
 from evensong.mobile_runtime.verify_rules import OPTIMIZERS
@@ -143,10 +144,19 @@ def _execute(op: Op, program: Program, tensors: Sequence[Array], clock: Clock) -
     )
     names = (attr.partition(":")[0] for attr in OPS[op.name].attrs)
     attributes = dict(zip(names, op.attrs, strict=True))
-    results = KERNELS[op.name](call, *(tensors[index] for index in op.inputs), **attributes)
+    results = KERNELS[op.name](call, *_operands(op, tensors), **attributes)
     if results is None:
         return
     if not isinstance(results, tuple):
         results = (results,)
     for output, result in zip(outputs, results, strict=False):  # results of absent optional outputs fall away
         output[...] = result.reshape(output.shape)
+
+
+def _operands(op: Op, tensors: Sequence[Array]) -> list[Array]:
+    """The inputs of ``op``; where only the number of elements counts, as a row (their dimensions may differ)."""
+    inputs = [tensors[index] for index in op.inputs]
+    for position, pattern in enumerate(signature(op.name).inputs):
+        if pattern.product == "#" and pattern.dtype != "x" and position < len(inputs):
+            inputs[position] = inputs[position].reshape(-1)
+    return inputs
