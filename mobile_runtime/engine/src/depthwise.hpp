@@ -7,37 +7,38 @@ namespace evensong {
 namespace EVENSONG_ISA {
 
 // packed[tap, channel] = w[channel, tap]
-EVENSONG_INLINE void pack_depthwise(const float* w, size_t channels, size_t taps, float* packed) {
+__attribute__((noinline)) inline void pack_depthwise(const float* w, size_t channels, size_t taps, float* packed) {
     for (size_t tap = 0; tap < taps; ++tap) {
         for (size_t c = 0; c < channels; ++c) packed[tap * channels + c] = w[c * taps + tap];
     }
 }
 
 // Taps [begin, end) of one grid position fall inside the source.
-EVENSONG_INLINE void live_taps(const Axis& axis, int32_t position, int32_t* begin, int32_t* end) {
+inline void live_taps(const Axis& axis, int32_t position, int32_t* begin, int32_t* end) {
     const int32_t origin = position * axis.step + axis.first;
     *begin = origin >= 0 ? 0 : (axis.delta - 1 - origin) / axis.delta;
     *end = origin >= axis.source ? 0 : (axis.source - 1 - origin) / axis.delta + 1;
     if (*end > axis.taps) *end = axis.taps;
 }
 
-// out(image, row, column)[c] = epilogue(sum over live taps of source * packed) for every position of the grid.
-template <class OutRow>
-EVENSONG_INLINE void depthwise_grid(const Axis& h, const Axis& w, size_t images, size_t channels, size_t kernel_w, const float* source,
-                                    const float* packed, Epilogue epilogue, OutRow out_row) {
-    for (size_t image = 0; image < images; ++image) {
+// target(image, row, column)[c] = epilogue(sum over live taps of source * packed) for every position of the grid.
+__attribute__((noinline)) inline void depthwise_grid(const Axis& h, const Axis& w, int32_t images, size_t channels,
+                                                     size_t kernel_w, const float* source, const float* packed,
+                                                     Epilogue epilogue, Target target) {
+    for (int32_t image = 0; image < images; ++image) {
         for (int32_t row = 0; row < h.grid; ++row) {
             int32_t top, bottom;
             live_taps(h, row, &top, &bottom);
             for (int32_t column = 0; column < w.grid; ++column) {
                 int32_t left, right;
                 live_taps(w, column, &left, &right);
-                float* out = out_row(image, row, column);
+                float* out = target.at(image, row, column);
                 for (size_t c = 0; c < channels; c += kLanes) {
                     const size_t live = channels - c;
                     Floats sum = epilogue.bias ? load_upto(epilogue.bias + c, live) : Floats{};
                     for (int32_t i = top; i < bottom; ++i) {
-                        const size_t y = image * size_t(h.source) + size_t(row * h.step + h.first + i * h.delta);
+                        const size_t y =
+                            size_t(image) * size_t(h.source) + size_t(row * h.step + h.first + i * h.delta);
                         const size_t tap_row = size_t(h.kernel_first + i * h.kernel_step) * kernel_w;
                         for (int32_t j = left; j < right; ++j) {
                             const size_t x = size_t(column * w.step + w.first + j * w.delta);
@@ -53,36 +54,31 @@ EVENSONG_INLINE void depthwise_grid(const Axis& h, const Axis& w, size_t images,
     }
 }
 
-EVENSONG_INLINE void depthwise_forward(const Convolution& conv, const float* x, const float* w, Epilogue epilogue, float* y,
-                                       float* packed) {
+inline void depthwise_forward(const Convolution& conv, const float* x, const float* w, Epilogue epilogue, float* y,
+                              float* packed) {
     const size_t channels = size_t(conv.channels);
     pack_depthwise(w, channels, conv.depth(), packed);
-    depthwise_grid(conv.forward_h(), conv.forward_w(), size_t(conv.images), channels, size_t(conv.kernel_w), x, packed, epilogue,
-                   [&](size_t, int32_t, int32_t) {
-                       float* out = y;
-                       y += channels;
-                       return out;
-                   });
+    depthwise_grid(conv.forward_h(), conv.forward_w(), conv.images, channels, size_t(conv.kernel_w), x, packed,
+                   epilogue, conv.out_target(y));
 }
 
-EVENSONG_INLINE void depthwise_grad_input(const Convolution& conv, const float* dy, const float* w, float* dx, float* packed) {
+inline void depthwise_grad_input(const Convolution& conv, const float* dy, const float* w, float* dx, float* packed) {
     const size_t channels = size_t(conv.channels);
     pack_depthwise(w, channels, conv.depth(), packed);
     for (int32_t a = 0; a < conv.stride_h && a < conv.height; ++a) {
-        const Axis h = backward_axis(conv.height, conv.out_height, conv.kernel_h, conv.stride_h, conv.pad_top, conv.dilation_h, a);
+        const Axis h =
+            backward_axis(conv.height, conv.out_height, conv.kernel_h, conv.stride_h, conv.pad_top, conv.dilation_h, a);
         for (int32_t b = 0; b < conv.stride_w && b < conv.width; ++b) {
-            const Axis v = backward_axis(conv.width, conv.out_width, conv.kernel_w, conv.stride_w, conv.pad_left, conv.dilation_w, b);
-            depthwise_grid(h, v, size_t(conv.images), channels, size_t(conv.kernel_w), dy, packed, Epilogue(),
-                           [&](size_t image, int32_t row, int32_t column) {
-                               const size_t y = image * size_t(conv.height) + size_t(a + row * conv.stride_h);
-                               return dx + (y * size_t(conv.width) + size_t(b + column * conv.stride_w)) * channels;
-                           });
+            const Axis v = backward_axis(conv.width, conv.out_width, conv.kernel_w, conv.stride_w, conv.pad_left,
+                                         conv.dilation_w, b);
+            depthwise_grid(h, v, conv.images, channels, size_t(conv.kernel_w), dy, packed, Epilogue(),
+                           conv.phase_target(dx, a, b));
         }
     }
 }
 
 // dw[c, tap] = sum over grid positions of dy[c] * x[tap, c]; `sums` holds [tap, c] meanwhile.
-EVENSONG_INLINE void depthwise_grad_weight(const Convolution& conv, const float* dy, const float* x, float* dw, float* sums) {
+inline void depthwise_grad_weight(const Convolution& conv, const float* dy, const float* x, float* dw, float* sums) {
     const size_t channels = size_t(conv.channels), taps = conv.depth();
     const Axis h = conv.forward_h(), w = conv.forward_w();
     for (size_t i = 0; i < taps * channels; ++i) sums[i] = 0;

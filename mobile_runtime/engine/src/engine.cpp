@@ -1,8 +1,7 @@
 // The C face: open an artifact, run its programs, close it. include/evensong.h has the rules.
-#include "evensong.h"
-
 #include <math.h>
 
+#include "evensong.h"
 #include "isa.hpp"
 #include "model.hpp"
 #include "opcodes.h"
@@ -145,7 +144,8 @@ evensong_status build(evensong_engine* engine, const void* bytes, size_t size, b
     const Model& model = engine->model;
     for (const Program& program : model.programs) {
         for (const Op& op : program.ops) {
-            if (!engine->kernels[op.code]) return report->fail(EVENSONG_PROGRAM, "this build has no kernel for operation %u", op.code);
+            if (!engine->kernels[op.code])
+                return report->fail(EVENSONG_PROGRAM, "this build has no kernel for operation %u", op.code);
         }
     }
     bool ready = allocate_memory(engine, borrow) && engine->frozen.allocate(model.variables.size) &&
@@ -163,19 +163,21 @@ uint64_t live_bytes(const Program& program, const Port& port, uint32_t batch) {
     return tensor.batched ? tensor.bytes / program.max_batch * batch : tensor.bytes;
 }
 
-evensong_status check_buffers(const Program& program, bool output, uint32_t batch, const evensong_buffer* buffers, uint32_t count,
-                              Report* report) {
+evensong_status check_buffers(const Program& program, bool output, uint32_t batch, const evensong_buffer* buffers,
+                              uint32_t count, Report* report) {
     const Array<Port>& ports = program.ports(output);
     const char* side = output ? "output" : "input";
     if (count != ports.size) {
-        return report->fail(EVENSONG_ARGUMENT, "'%s' has %zu %s ports; got %u buffers", program.name, ports.size, side, count);
+        return report->fail(EVENSONG_ARGUMENT, "'%s' has %zu %s ports; got %u buffers", program.name, ports.size, side,
+                            count);
     }
     for (uint32_t i = 0; i < count; ++i) {
         uint64_t expected = live_bytes(program, ports[i], batch);
         uint32_t element = itemsize(program.tensors[ports[i].tensor].dtype);
         if (!buffers[i].data || buffers[i].size != expected || reinterpret_cast<uintptr_t>(buffers[i].data) % element) {
-            return report->fail(EVENSONG_ARGUMENT, "%s %u of '%s' for %u examples must be %llu bytes, aligned to %u; got %zu bytes",
-                                side, i, program.name, batch, static_cast<unsigned long long>(expected), element, buffers[i].size);
+            return report->fail(
+                EVENSONG_ARGUMENT, "%s %u of '%s' for %u examples must be %llu bytes, aligned to %u; got %zu bytes",
+                side, i, program.name, batch, static_cast<unsigned long long>(expected), element, buffers[i].size);
         }
     }
     return EVENSONG_OK;
@@ -204,7 +206,8 @@ void restore_statistics(const evensong_engine* engine) {
 }
 
 // The gradients of all updates that follow one another, before the first of them changes anything.
-bool gradients_are_finite(const evensong_engine* engine, const Program& program, size_t first, const Operand* operands) {
+bool gradients_are_finite(const evensong_engine* engine, const Program& program, size_t first,
+                          const Operand* operands) {
     for (size_t i = first; i < program.ops.size && is_optimizer(program.ops[i].code); ++i) {
         const Op& op = program.ops[i];
         bool skipped = engine->frozen[size_t(op.variable)];
@@ -250,9 +253,11 @@ evensong_status evensong_open(const void* bytes, size_t size, uint32_t flags, ev
 evensong_status evensong_open_on(const char* instruction_set, const void* bytes, size_t size, uint32_t flags,
                                  evensong_engine** engine, char* message, size_t message_capacity) {
     Report report(message, message_capacity);
-    if (!bytes || !engine || flags & ~uint32_t(EVENSONG_BORROW)) return report.fail(EVENSONG_ARGUMENT, "a null pointer or an unknown flag");
+    if (!bytes || !engine || flags & ~uint32_t(EVENSONG_BORROW))
+        return report.fail(EVENSONG_ARGUMENT, "a null pointer or an unknown flag");
     const InstructionSet* isa = find_instruction_set(instruction_set);
-    if (!isa) return report.fail(EVENSONG_ARGUMENT, "instruction set '%s' is not in this build or this CPU", instruction_set);
+    if (!isa)
+        return report.fail(EVENSONG_ARGUMENT, "instruction set '%s' is not in this build or this CPU", instruction_set);
     evensong_engine* opened = static_cast<evensong_engine*>(calloc(1, sizeof(evensong_engine)));
     if (!opened) return report.fail(EVENSONG_MEMORY, "no memory for an engine");
     opened->isa = isa;
@@ -272,11 +277,13 @@ void evensong_close(evensong_engine* engine) {
 }
 
 size_t evensong_memory_bytes(const evensong_engine* engine) {
-    size_t bytes = sizeof *engine + engine->memory.size + engine->model.operand_pool.size * 4 + engine->model.attribute_pool.size * 4;
+    size_t bytes = sizeof *engine + engine->memory.size + engine->model.operand_pool.size * 4 +
+                   engine->model.attribute_pool.size * 4;
     for (const Program& program : engine->model.programs) {
         bytes += sizeof program + program.tensors.size * sizeof(Tensor) + program.ops.size * sizeof(Op);
     }
-    for (const Prepared& prepared : engine->prepared) bytes += sizeof prepared + prepared.operands.size * sizeof(Operand);
+    for (const Prepared& prepared : engine->prepared)
+        bytes += sizeof prepared + prepared.operands.size * sizeof(Operand);
     return bytes;
 }
 
@@ -302,13 +309,16 @@ uint32_t evensong_max_batch(const evensong_engine* engine, uint32_t program) {
 }
 
 uint32_t evensong_port_count(const evensong_engine* engine, uint32_t program, int32_t output) {
-    return program < engine->model.programs.size ? uint32_t(engine->model.programs[program].ports(output != 0).size) : 0;
+    return program < engine->model.programs.size ? uint32_t(engine->model.programs[program].ports(output != 0).size)
+                                                 : 0;
 }
 
-size_t evensong_port_bytes(const evensong_engine* engine, uint32_t program, int32_t output, uint32_t port, uint32_t batch) {
+size_t evensong_port_bytes(const evensong_engine* engine, uint32_t program, int32_t output, uint32_t port,
+                           uint32_t batch) {
     if (port >= evensong_port_count(engine, program, output)) return 0;
     const Program& found = engine->model.programs[program];
-    return batch >= 1 && batch <= found.max_batch ? size_t(live_bytes(found, found.ports(output != 0)[port], batch)) : 0;
+    return batch >= 1 && batch <= found.max_batch ? size_t(live_bytes(found, found.ports(output != 0)[port], batch))
+                                                  : 0;
 }
 
 evensong_status evensong_freeze(evensong_engine* engine, const uint32_t* variables, size_t count, char* message,
@@ -316,7 +326,8 @@ evensong_status evensong_freeze(evensong_engine* engine, const uint32_t* variabl
     Report report(message, message_capacity);
     for (size_t i = 0; i < count; ++i) {
         if (variables[i] >= engine->model.variables.size) {
-            return report.fail(EVENSONG_ARGUMENT, "there is no variable %u among %zu", variables[i], engine->model.variables.size);
+            return report.fail(EVENSONG_ARGUMENT, "there is no variable %u among %zu", variables[i],
+                               engine->model.variables.size);
         }
     }
     memset(engine->frozen.data, 0, engine->frozen.size);
@@ -324,17 +335,20 @@ evensong_status evensong_freeze(evensong_engine* engine, const uint32_t* variabl
     return EVENSONG_OK;
 }
 
-evensong_status evensong_run(evensong_engine* engine, uint32_t program_index, uint32_t batch, const evensong_buffer* inputs,
-                             uint32_t input_count, const evensong_buffer* outputs, uint32_t output_count,
-                             const evensong_options* options, char* message, size_t message_capacity) {
+evensong_status evensong_run(evensong_engine* engine, uint32_t program_index, uint32_t batch,
+                             const evensong_buffer* inputs, uint32_t input_count, const evensong_buffer* outputs,
+                             uint32_t output_count, const evensong_options* options, char* message,
+                             size_t message_capacity) {
     Report report(message, message_capacity);
     if (program_index >= engine->model.programs.size) {
-        return report.fail(EVENSONG_ARGUMENT, "there is no program %u among %zu", program_index, engine->model.programs.size);
+        return report.fail(EVENSONG_ARGUMENT, "there is no program %u among %zu", program_index,
+                           engine->model.programs.size);
     }
     const Program& program = engine->model.programs[program_index];
     Prepared& prepared = engine->prepared[program_index];
     if (batch < 1 || batch > program.max_batch) {
-        return report.fail(EVENSONG_ARGUMENT, "'%s' takes 1 to %u examples; got %u", program.name, program.max_batch, batch);
+        return report.fail(EVENSONG_ARGUMENT, "'%s' takes 1 to %u examples; got %u", program.name, program.max_batch,
+                           batch);
     }
     if (!isfinite(options->learning_rate) || options->learning_rate < 0 || options->step < 1) {
         return report.fail(EVENSONG_ARGUMENT, "the learning rate must be finite and >= 0, and the step at least 1");
@@ -353,7 +367,8 @@ evensong_status evensong_run(evensong_engine* engine, uint32_t program_index, ui
     if (fault == Fault::kIndexOutOfRange) {
         return report.fail(EVENSONG_EXAMPLE, "a label or an embedding index in the examples is out of range");
     }
-    return report.fail(EVENSONG_DIVERGED, "the loss, a gradient or an updated weight is NaN or infinite. Lower the learning rate.");
+    return report.fail(EVENSONG_DIVERGED,
+                       "the loss, a gradient or an updated weight is NaN or infinite. Lower the learning rate.");
 }
 
 }  // extern "C"

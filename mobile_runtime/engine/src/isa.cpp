@@ -5,10 +5,10 @@
 
 namespace evensong {
 
-#define EVENSONG_DECLARE(isa)                                \
-    namespace isa {                                          \
-    void register_all(Kernel* table);                        \
-    bool all_finite(const float* values, size_t count);      \
+#define EVENSONG_DECLARE(isa)                           \
+    namespace isa {                                     \
+    void register_all(Kernel* table);                   \
+    bool all_finite(const float* values, size_t count); \
     }
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -21,10 +21,15 @@ static const InstructionSet kInstructionSets[] = {
     {"avx512",
      [] {
          __builtin_cpu_init();
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
      },
-     avx512::register_all, avx512::all_finite},
+     [](Kernel* table) {
+         avx2::register_all(table);  // AVX-512 has matrix products only: the rest gains nothing from it
+         avx512::register_all(table);
+     },
+     avx512::all_finite},
     {"avx2",
      [] {
          __builtin_cpu_init();
@@ -42,7 +47,8 @@ EVENSONG_DECLARE(EVENSONG_BASELINE)
 #define EVENSONG_STRING(text) EVENSONG_STRING_(text)
 
 static const InstructionSet kInstructionSets[] = {
-    {EVENSONG_STRING(EVENSONG_BASELINE), [] { return true; }, EVENSONG_BASELINE::register_all, EVENSONG_BASELINE::all_finite},
+    {EVENSONG_STRING(EVENSONG_BASELINE), [] { return true; }, EVENSONG_BASELINE::register_all,
+     EVENSONG_BASELINE::all_finite},
 };
 
 #endif

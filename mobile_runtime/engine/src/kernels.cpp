@@ -1,4 +1,5 @@
-// Every kernel of one instruction set in one table.
+// Every kernel of one instruction set in one table; with EVENSONG_DENSE_ONLY those whose time goes into matrix
+// products.
 #include "kernel.hpp"
 #include "vec.hpp"
 
@@ -21,14 +22,14 @@ bool all_finite(const float* values, size_t count);
 void register_all(Kernel* table) {
     register_linear(table);
     register_conv(table);
+    register_int8(table);
+#ifndef EVENSONG_DENSE_ONLY
     register_pool(table);
     register_norm(table);
     register_elementwise(table);
     register_move(table);
     register_loss(table);
     register_optimizer(table);
-#if __has_include("kernels_int8.cpp")
-    register_int8(table);
 #endif
 }
 

@@ -61,7 +61,8 @@ Fault linear_grad_input(const Call& call) {
             for (size_t i = 0; i < count; ++i) dx_rows[i] = dx.f32_mut() + (first + i) * columns;
             Epilogue epilogue;
             epilogue.accumulate = k > 0;
-            multiply_in_place(Rows{dy_rows}, w.f32() + k * columns, columns, deep, dx_rows, count, columns, epilogue, false, scratch);
+            multiply_in_place(Rows{dy_rows}, w.f32() + k * columns, columns, deep, dx_rows, count, columns, epilogue,
+                              scratch);
         });
     }
     return Fault::kNone;
@@ -78,7 +79,7 @@ Fault linear_grad_weight(const Call& call) {
             const Columns left = {dy.f32() + k * rows + first, rows};
             Epilogue epilogue;
             epilogue.accumulate = k > 0;
-            multiply_in_place(left, x.f32() + k * columns, columns, deep, dw_rows, count, columns, epilogue, false, scratch);
+            multiply_in_place(left, x.f32() + k * columns, columns, deep, dw_rows, count, columns, epilogue, scratch);
         });
     }
     if (call.outputs > 1) bias_gradient(dy.f32(), depth, rows, call.out[1].f32_mut());

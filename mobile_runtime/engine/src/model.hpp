@@ -120,7 +120,8 @@ struct Model {
     Array<Attribute> attribute_pool;
 };
 
-// Reads the frame and the structure: afterwards every count, index and offset is in range. Operands are not yet matched.
+// Reads the frame and the structure: afterwards every count, index and offset is in range. Operands are not yet
+// matched.
 evensong_status parse(const uint8_t* bytes, size_t size, Model* model, Report* report);
 
 // Matches every operation with its operands (dtypes, ranks, sizes, attributes, regions, overlaps, workspace, amount of

@@ -19,6 +19,16 @@ struct Axis {
     bool is_inside() const { return first >= 0 && (grid - 1) * step + first + (taps - 1) * delta < source; }
 };
 
+// Where the result of each grid pixel goes: base + image * image_stride + row * row_stride + column * column_stride.
+struct Target {
+    float* base;
+    size_t image_stride, row_stride, column_stride;
+
+    float* at(int32_t image, int32_t row, int32_t column) const {
+        return base + size_t(image) * image_stride + size_t(row) * row_stride + size_t(column) * column_stride;
+    }
+};
+
 // A convolution's sizes, from the operands x [N,H,W,C], w [O,KH,KW,C/groups], y [N,P,Q,O] and the attributes.
 struct Convolution {
     int32_t images, height, width, channels;
@@ -27,25 +37,49 @@ struct Convolution {
     int32_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups;
 
     Convolution(const Operand& x, const Operand& w, const Operand& y, const Attribute* attr)
-        : images(int32_t(x.dims[0])), height(int32_t(x.dims[1])), width(int32_t(x.dims[2])), channels(int32_t(x.dims[3])),
-          out_height(int32_t(y.dims[1])), out_width(int32_t(y.dims[2])), out_channels(int32_t(y.dims[3])),
-          kernel_h(int32_t(w.dims[1])), kernel_w(int32_t(w.dims[2])), group_channels(int32_t(w.dims[3])),
-          stride_h(attr[0].i), stride_w(attr[1].i), pad_top(attr[2].i), pad_left(attr[3].i), dilation_h(attr[4].i),
-          dilation_w(attr[5].i), groups(attr[6].i) {}
+        : images(int32_t(x.dims[0])),
+          height(int32_t(x.dims[1])),
+          width(int32_t(x.dims[2])),
+          channels(int32_t(x.dims[3])),
+          out_height(int32_t(y.dims[1])),
+          out_width(int32_t(y.dims[2])),
+          out_channels(int32_t(y.dims[3])),
+          kernel_h(int32_t(w.dims[1])),
+          kernel_w(int32_t(w.dims[2])),
+          group_channels(int32_t(w.dims[3])),
+          stride_h(attr[0].i),
+          stride_w(attr[1].i),
+          pad_top(attr[2].i),
+          pad_left(attr[3].i),
+          dilation_h(attr[4].i),
+          dilation_w(attr[5].i),
+          groups(attr[6].i) {}
 
     int32_t group_out_channels() const { return out_channels / groups; }
     size_t depth() const { return size_t(kernel_h) * size_t(kernel_w) * size_t(group_channels); }
     size_t out_pixels() const { return size_t(images) * size_t(out_height) * size_t(out_width); }
     bool is_depthwise() const { return group_channels == 1 && groups == out_channels; }
 
+    // Targets of grid pixels: of the output, and of the phase (a, b) of the input.
+    Target out_target(float* y) const {
+        const size_t pixel = size_t(out_channels);
+        return {y, size_t(out_height) * size_t(out_width) * pixel, size_t(out_width) * pixel, pixel};
+    }
+    Target phase_target(float* dx, int32_t a, int32_t b) const {
+        const size_t pixel = size_t(channels), line = size_t(width) * pixel;
+        return {dx + size_t(a) * line + size_t(b) * pixel, size_t(height) * line, size_t(stride_h) * line,
+                size_t(stride_w) * pixel};
+    }
+
     Axis forward_h() const { return {height, out_height, stride_h, -pad_top, dilation_h, kernel_h, 0, 1}; }
     Axis forward_w() const { return {width, out_width, stride_w, -pad_left, dilation_w, kernel_w, 0, 1}; }
 };
 
-// The pixels `phase`, `phase + stride`, ... of an input axis, which meet every step-th tap: their gradient is a convolution
-// of stride 1 over the output's gradient. Taps run backwards through the kernel, so that they run forwards through the source.
-EVENSONG_INLINE Axis backward_axis(int32_t input, int32_t output, int32_t kernel, int32_t stride, int32_t padding, int32_t dilation,
-                                   int32_t phase) {
+// The pixels `phase`, `phase + stride`, ... of an input axis, which meet every step-th tap: their gradient is a
+// convolution of stride 1 over the output's gradient. Taps run backwards through the kernel, so that they run forwards
+// through the source.
+__attribute__((noinline)) inline Axis backward_axis(int32_t input, int32_t output, int32_t kernel, int32_t stride,
+                                                    int32_t padding, int32_t dilation, int32_t phase) {
     const int32_t common = int32_t(workspace::greatest_common_divisor(uint64_t(stride), uint64_t(dilation)));
     const int32_t step = stride / common;
     Axis axis = {output, (input - phase + stride - 1) / stride, 1, 0, dilation / common, 0, 0, -step};
@@ -69,19 +103,15 @@ struct Patches {
     bool taps_are_contiguous() const { return w.taps == 1 || (w.delta == 1 && channels == pixel_stride); }
     bool lies_in_source() const { return h.taps == 1 && taps_are_contiguous() && h.is_inside() && w.is_inside(); }
 
-    // Grid pixel number `pixel` as (image, row, column).
-    void locate(size_t pixel, int32_t* image, int32_t* row, int32_t* column) const {
-        *column = int32_t(pixel % size_t(w.grid));
-        *row = int32_t(pixel / size_t(w.grid) % size_t(h.grid));
-        *image = int32_t(pixel / size_t(w.grid) / size_t(h.grid));
-    }
-
-    // rows[i] becomes the patch of grid pixel first + i. Copies go to block[i * workspace::patch_stride(depth)].
-    void rows(size_t first_pixel, size_t count, float* block, const float** rows) const {
+    // rows[i] becomes the patch of grid pixel first + i, and out[i] its target. Copies go to block[i *
+    // patch_stride(depth)]; `always_copy` asks for them even where a patch lies in one piece.
+    __attribute__((noinline)) void rows(size_t first_pixel, size_t count, float* block, bool always_copy,
+                                        const Target& target, const float** rows, float** out) const {
         const size_t stride = size_t(workspace::patch_stride(depth()));
-        const bool in_source = lies_in_source();
-        int32_t image, row, column;
-        locate(first_pixel, &image, &row, &column);
+        const bool in_source = !always_copy && lies_in_source();
+        int32_t column = int32_t(first_pixel % size_t(w.grid)),
+                row = int32_t(first_pixel / size_t(w.grid) % size_t(h.grid)),
+                image = int32_t(first_pixel / size_t(w.grid) / size_t(h.grid));
         for (size_t i = 0; i < count; ++i) {
             if (in_source) {
                 rows[i] = at(image, row * h.step + h.first, column * w.step + w.first);
@@ -89,6 +119,7 @@ struct Patches {
                 rows[i] = block + i * stride;
                 copy_patch(image, row, column, block + i * stride);
             }
+            out[i] = target.at(image, row, column);
             if (++column == w.grid) {
                 column = 0;
                 if (++row == h.grid) row = 0, ++image;
@@ -96,7 +127,7 @@ struct Patches {
         }
     }
 
-    // Also used alone: the gradient in the weight always needs copies.
+  private:
     void copy_patch(int32_t image, int32_t row, int32_t column, float* out) const {
         const size_t line = size_t(w.taps) * channels;
         for (int32_t t = 0; t < h.taps; ++t, out += line) {
@@ -111,7 +142,6 @@ struct Patches {
         }
     }
 
-  private:
     const float* at(int32_t image, int32_t y, int32_t x) const {
         return source + ((size_t(image) * size_t(h.source) + size_t(y)) * size_t(w.source) + size_t(x)) * pixel_stride;
     }

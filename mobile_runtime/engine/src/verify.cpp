@@ -1,9 +1,9 @@
 // Does each operation fit its operands? One row of a table per operation, read by one small interpreter.
 //
-// A rule such as "f*MI fOI fO? > f*MO | a" says: the first input is float32, its last dimension is I and the product of the
-// others is M; the second is [O, I]; the third, if there, is [O]; the output is [..., O] with the same product M; the
-// attribute is an activation. Every letter stands for one size in the whole rule, together with whether that size shrinks
-// with the batch, so that what fits for max_batch fits for every smaller batch. The grammar:
+// A rule such as "f*MI fOI fO? > f*MO | a" says: the first input is float32, its last dimension is I and the product of
+// the others is M; the second is [O, I]; the third, if there, is [O]; the output is [..., O] with the same product M;
+// the attribute is an activation. Every letter stands for one size in the whole rule, together with whether that size
+// shrinks with the batch, so that what fits for max_batch fits for every smaller batch. The grammar:
 //
 //   operand    dtype, then its shape, then ? if optional;  dtype: f float32, b int8, u uint8, i int32,
 //              j uint8 or int32, x any (all x of a rule agree)
@@ -42,8 +42,8 @@ struct Context {
     int64_t attribute(uint32_t index) const { return op.attributes[index].i; }
 };
 
-// ------------------------------------------------------------------------------------------------- rules beyond letters
-// Each returns what is wrong, or null.
+// ------------------------------------------------------------------------------------------------- rules beyond
+// letters Each returns what is wrong, or null.
 
 using Check = const char* (*)(const Context&);
 
@@ -196,7 +196,8 @@ uint64_t linear_grad_weight_workspace(const Context& c) { return packed_panel(c[
 bool is_depthwise(const Context& c) { return c['D'] == 1 && uint64_t(c.attribute(6)) == c['O']; }
 
 uint64_t patches_and_weights(uint64_t depth, uint64_t pixels, uint64_t columns) {
-    return workspace::round_up(workspace::weight_elements(depth, columns), 64) + workspace::patch_elements(depth, pixels);
+    return workspace::round_up(workspace::weight_elements(depth, columns), 64) +
+           workspace::patch_elements(depth, pixels);
 }
 
 uint64_t convolution_elements(const Context& c) {
@@ -207,7 +208,7 @@ uint64_t convolution_elements(const Context& c) {
 uint64_t convolution_workspace(const Context& c) { return 4 * convolution_elements(c); }
 uint64_t quantized_convolution_workspace(const Context& c) {
     uint64_t depth = c['K'] * c['L'] * c['D'];
-    if (is_depthwise(c)) return 4 * c['O'] * depth;
+    if (is_depthwise(c)) return 4 * c['O'] * (depth + 1);
     return workspace::int8_product_bytes(depth, c['O'] / uint64_t(c.attribute(6)));
 }
 
@@ -231,9 +232,9 @@ uint64_t quantized_linear_workspace(const Context& c) { return workspace::int8_p
 
 struct Rule {
     uint16_t code;
-    const char* operands;
+    char operands[44];
     Check check = nullptr;
-    const char* work = nullptr;  // product of these sizes (digits: attributes) is the amount of work; else the elements
+    char work[8] = "";  // product of these sizes (digits: attributes) is the amount of work; else the elements
     Workspace workspace = nullptr;
 };
 
@@ -242,8 +243,10 @@ constexpr Rule kRules[] = {
     {op::LINEAR_GRAD_INPUT, "f*MO fOI > f*MI", nullptr, "MIO", linear_grad_input_workspace},
     {op::LINEAR_GRAD_WEIGHT, "f*MO f*MI > fOI fO?", nullptr, "MIO", linear_grad_weight_workspace},
     {op::CONV2D, "fNHWC fOKLD fO? > fNPQO | ssppsssa", check_convolution, "NPQOKLD", convolution_workspace},
-    {op::CONV2D_GRAD_INPUT, "fNPQO fOKLD > fNHWC | ssppsss", check_convolution, "NPQOKLD", convolution_grad_input_workspace},
-    {op::CONV2D_GRAD_WEIGHT, "fNPQO fNHWC > fOKLD fO? | ssppsss", check_convolution, "NPQOKLD", convolution_grad_weight_workspace},
+    {op::CONV2D_GRAD_INPUT, "fNPQO fOKLD > fNHWC | ssppsss", check_convolution, "NPQOKLD",
+     convolution_grad_input_workspace},
+    {op::CONV2D_GRAD_WEIGHT, "fNPQO fNHWC > fOKLD fO? | ssppsss", check_convolution, "NPQOKLD",
+     convolution_grad_weight_workspace},
     {op::MAX_POOL2D, "fNHWC > fNPQC jNPQC? | sssspp", check_pool, "NPQC01"},
     {op::MAX_POOL2D_GRAD, "fNPQC jNPQC > fNHWC | sssspp", check_pool},
     {op::AVG_POOL2D, "fNHWC > fNPQC | ssssppb", check_pool, "NPQC01"},
@@ -285,7 +288,8 @@ constexpr Rule kRules[] = {
     {op::QUANTIZE, "f#N > b#N", check_quantized},
     {op::DEQUANTIZE, "b#N > f#N", check_quantized},
     {op::QLINEAR, "b*MI bOI iO fO > b*MO | qq", check_quantized_linear, "MIO", quantized_linear_workspace},
-    {op::QCONV2D, "bNHWC bOKLD iO fO > bNPQO | ssppsssqq", check_quantized_convolution, "NPQOKLD", quantized_convolution_workspace},
+    {op::QCONV2D, "bNHWC bOKLD iO fO > bNPQO | ssppsssqq", check_quantized_convolution, "NPQOKLD",
+     quantized_convolution_workspace},
     {op::QADD, "b#N b#N > b#N | ffqq", check_quantized},
     {op::QMAX_POOL2D, "bNHWC > bNPQC | sssspp", check_quantized_pool, "NPQC01"},
     {op::QAVG_POOL2D, "bNHWC > bNPQC | ssssppbf", check_quantized_pool, "NPQC01"},
@@ -305,11 +309,16 @@ bool bind(Context* c, char letter, uint64_t count, bool batched) {
 
 bool dtype_fits(Context* c, char expected, DType dtype) {
     switch (expected) {
-        case 'f': return dtype == DType::kF32;
-        case 'b': return dtype == DType::kI8;
-        case 'u': return dtype == DType::kU8;
-        case 'i': return dtype == DType::kI32;
-        case 'j': return dtype == DType::kU8 || dtype == DType::kI32;
+        case 'f':
+            return dtype == DType::kF32;
+        case 'b':
+            return dtype == DType::kI8;
+        case 'u':
+            return dtype == DType::kU8;
+        case 'i':
+            return dtype == DType::kI32;
+        case 'j':
+            return dtype == DType::kU8 || dtype == DType::kI32;
         default:
             if (!c->any_bound) c->any_dtype = dtype;
             c->any_bound = true;
@@ -355,15 +364,24 @@ bool operand_fits(Context* c, const Tensor& tensor, const char** pattern) {
 bool attribute_fits(char kind, Attribute attribute) {
     int32_t i = attribute.i;
     switch (kind) {
-        case 's': return i >= 1 && i <= 32768;
-        case 'p': return i >= 0 && i <= 32768;
-        case 'n': return i >= 0;
-        case 'b': return i == 0 || i == 1;
-        case 'q': return i >= -128 && i <= 127;
-        case 'a': return i >= activation::NONE && i <= activation::RELU6;
-        case 'k': return i > activation::NONE && i <= activation::SILU;
-        case 'f': return isfinite(attribute.f);
-        default: return true;
+        case 's':
+            return i >= 1 && i <= 32768;
+        case 'p':
+            return i >= 0 && i <= 32768;
+        case 'n':
+            return i >= 0;
+        case 'b':
+            return i == 0 || i == 1;
+        case 'q':
+            return i >= -128 && i <= 127;
+        case 'a':
+            return i >= activation::NONE && i <= activation::RELU6;
+        case 'k':
+            return i > activation::NONE && i <= activation::SILU;
+        case 'f':
+            return isfinite(attribute.f);
+        default:
+            return true;
     }
 }
 
@@ -407,8 +425,9 @@ uint64_t saturating_product(uint64_t a, uint64_t b) {
 
 uint64_t amount_of_work(const Context& c, const char* formula) {
     uint64_t work = 1;
-    if (formula) {
-        for (const char* p = formula; *p; ++p) work = saturating_product(work, is_letter(*p) ? c[*p] : uint64_t(c.attribute(uint32_t(*p - '0'))));
+    if (*formula) {
+        for (const char* p = formula; *p; ++p)
+            work = saturating_product(work, is_letter(*p) ? c[*p] : uint64_t(c.attribute(uint32_t(*p - '0'))));
         return work;
     }
     for (uint32_t i = 0; i < uint32_t(c.op.inputs) + c.op.outputs; ++i) work += c.operand(i).elements;
@@ -456,7 +475,8 @@ const char* check_operands(Context* c, const Signature& signature, const Rule& r
             uint32_t index = is_input ? position : position - signature.most_inputs;
             if (index < (is_input ? c->op.inputs : c->op.outputs)) {
                 *culprit = is_input ? index : c->op.inputs + index;
-                if (!operand_fits(c, c->operand(*culprit), &p)) return "its shape or dtype does not fit the other operands";
+                if (!operand_fits(c, c->operand(*culprit), &p))
+                    return "its shape or dtype does not fit the other operands";
             } else {
                 while (*p != ' ' && *p) ++p;
             }
@@ -504,19 +524,23 @@ evensong_status verify_program(const Model& model, Program* program, Report* rep
         if (const char* wrong = check_operands(&context, *signature, *rule, &culprit)) {
             char shape[128] = "";
             if (wrong[0] == 'i') describe(context.operand(culprit), shape);
-            return report->fail(EVENSONG_PROGRAM, "%s (operation %zu of '%s'), operand %u: %s; got %s", signature->name, number,
-                                program->name, culprit, wrong, shape);
+            return report->fail(EVENSONG_PROGRAM, "%s (operation %zu of '%s'), operand %u: %s; got %s", signature->name,
+                                number, program->name, culprit, wrong, shape);
         }
         const char* wrong = rule->check ? rule->check(context) : nullptr;
         if (!wrong) wrong = check_memory(context, *signature);
         if (!wrong) wrong = check_updates(model, context, *signature, &op);
-        if (!wrong && rule->workspace && rule->workspace(context) > program->workspace_bytes) wrong = "its workspace is too small";
+        if (!wrong && rule->workspace && rule->workspace(context) > program->workspace_bytes)
+            wrong = "its workspace is too small";
         if (!wrong && updated && is_loss(op.code)) wrong = "a loss stands after an update";
-        if (wrong) return report->fail(EVENSONG_PROGRAM, "%s (operation %zu of '%s'): %s", signature->name, number, program->name, wrong);
+        if (wrong)
+            return report->fail(EVENSONG_PROGRAM, "%s (operation %zu of '%s'): %s", signature->name, number,
+                                program->name, wrong);
 
         updated = updated || is_optimizer(op.code);
         uint64_t work = amount_of_work(context, rule->work);
-        if (work > kMostWork - total_work) return report->fail(EVENSONG_PROGRAM, "'%s' takes too long to run", program->name);
+        if (work > kMostWork - total_work)
+            return report->fail(EVENSONG_PROGRAM, "'%s' takes too long to run", program->name);
         total_work += work;
     }
     return EVENSONG_OK;

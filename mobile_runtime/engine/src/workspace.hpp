@@ -1,4 +1,5 @@
-// How much packing workspace an operation may use: protos/evensong/wire/workspace.py in C++. A test holds the two equal.
+// How much packing workspace an operation may use: protos/evensong/wire/workspace.py in C++. A test holds the two
+// equal.
 #pragma once
 
 #include <stddef.h>
@@ -7,17 +8,17 @@
 namespace evensong {
 namespace workspace {
 
-constexpr uint64_t kPanel = 32;                     // columns of the widest panel that any instruction set packs
-constexpr uint64_t kDepth = 256;                    // rows of a panel packed at a time where not all are needed
-constexpr uint64_t kDotRows = 32;                   // a LINEAR with at most this many rows packs nothing
-constexpr uint64_t kPatchElements = 24 * 1024;      // elements of one block of patches ...
-constexpr uint64_t kLeastPatches = 16;              // ... but never fewer patches than this
-constexpr uint64_t kMostPatches = 256;              // ... nor more
-constexpr uint64_t kWeightElements = 256 * 1024;    // elements of one block of packed weights, if one panel fits
+constexpr uint64_t kPanel = 32;                   // columns of the widest panel that any instruction set packs
+constexpr uint64_t kDepth = 256;                  // rows of a panel packed at a time where not all are needed
+constexpr uint64_t kDotRows = 32;                 // a LINEAR with at most this many rows packs nothing
+constexpr uint64_t kPatchElements = 24 * 1024;    // elements of one block of patches ...
+constexpr uint64_t kLeastPatches = 16;            // ... but never fewer patches than this
+constexpr uint64_t kMostPatches = 256;            // ... nor more
+constexpr uint64_t kWeightElements = 256 * 1024;  // elements of one block of packed weights, if one panel fits
 
-constexpr uint64_t kInt8Weights = 64 * 1024;        // weights of one packed block of an int8 product, if one panel fits
-constexpr uint64_t kInt8Rows = 8;                   // rows of patches that the int8 product takes at a time
-constexpr uint64_t kInt8Slack = 192;                // bytes that whole vectors may run over the last row
+constexpr uint64_t kInt8Weights = 64 * 1024;  // weights of one packed block of an int8 product, if one panel fits
+constexpr uint64_t kInt8Rows = 8;             // rows of patches that the int8 product takes at a time
+constexpr uint64_t kInt8Slack = 192;          // bytes that whole vectors may run over the last row
 
 constexpr uint64_t round_up(uint64_t size, uint64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 constexpr uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
@@ -47,7 +48,8 @@ constexpr uint64_t int8_columns(uint64_t depth, uint64_t columns) {
     return smaller(round_up(columns, kPanel), larger(kPanel, kInt8Weights / round_up(depth, 4) / kPanel * kPanel));
 }
 
-// Packed int8 weights (as int16 where the CPU cannot multiply bytes), one int32 a column, and rows of patches; in bytes.
+// Packed int8 weights (as int16 where the CPU cannot multiply bytes), one int32 a column, and rows of patches; in
+// bytes.
 constexpr uint64_t int8_product_bytes(uint64_t depth, uint64_t columns) {
     return (2 * round_up(depth, 4) + 4) * int8_columns(depth, columns) +
            round_up((2 * kInt8Rows + 1) * round_up(depth, 4), 64) + kInt8Slack;

@@ -49,6 +49,8 @@ def build_engine(output: Path = LIBRARY, *, extra_flags: Sequence[str] = ()) -> 
     units = [(source, "host", host) for source in ENGINE.glob("src/*.cpp") if not source.stem.startswith("kernels")]
     for isa in instruction_sets:
         for source in ENGINE.glob("src/kernels*.cpp"):
+            if "-DEVENSONG_DENSE_ONLY" in flags[isa] and source.stem not in flags["dense"]:
+                continue
             optimise = flags.get(source.stem, flags["kernels"])
             units.append((source, isa, [*flags["common"], *optimise, *flags[isa], f"-DEVENSONG_ISA={isa}"]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -73,13 +73,13 @@ class NativeMachine:
     def __init__(self, artifact: Artifact | None, data: bytes, *, instruction_set: str | None = None) -> None:
         self._library = _library()
         self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        self._handle = ctypes.c_void_p()
+        self._handle: ctypes.c_void_p | None = None
+        handle = ctypes.c_void_p()
         name = instruction_set.encode() if instruction_set else None
         self._check(
-            self._library.evensong_open_on(
-                name, data, len(data), 0, ctypes.byref(self._handle), self._message, _MESSAGE_BYTES
-            )
+            self._library.evensong_open_on(name, data, len(data), 0, ctypes.byref(handle), self._message, _MESSAGE_BYTES)
         )
+        self._handle = handle
         self._run = self._library.evensong_run
         self._options = _Options()
         self._options_pointer = ctypes.byref(self._options)
@@ -153,17 +153,17 @@ class NativeMachine:
 
     def close(self) -> None:
         """Frees the engine's memory. :attr:`state` and :attr:`slots` become empty; views taken before must not be used."""
-        handle, self._handle = self._handle, ctypes.c_void_p()
-        if handle:
-            self.state = self.slots = np.empty(0, np.uint8)
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self.state = self.slots = self.state[:0].copy()
             self._library.evensong_close(handle)
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None):
+        if getattr(self, "_handle", None) is not None:
             self.close()
 
     def _live_handle(self) -> ctypes.c_void_p:
-        if not self._handle:
+        if self._handle is None:
             raise RuntimeFault("the session is closed", fix="Load the artifact again.")
         return self._handle
 

@@ -60,7 +60,7 @@ struct Signature {{
     uint8_t variadic;  // further inputs repeat the last one
     uint8_t updates;   // bit i: the kernel writes input i
     uint8_t inplace;   // bit i: input i may be the same memory as output 0
-    const char* name;
+    char name[21];     // longest: BATCH_NORM_EVAL_GRAD
 }};
 
 constexpr Signature kSignatures[] = {{

@@ -1,0 +1,224 @@
+// The tiles behind gemm.hpp.
+#include "gemm.hpp"
+#include "sums.hpp"
+
+// Loops over the registers of a tile must vanish, at any optimisation level.
+#define EVENSONG_UNROLL _Pragma("GCC unroll 32")
+
+namespace evensong {
+namespace EVENSONG_ISA {
+namespace {
+
+// Adds up one tile: kRows rows times kVectors vectors, for the whole depth, in registers. tile[row][column] is the
+// result.
+template <size_t kRows, size_t kVectors, class Left>
+__attribute__((noinline)) void multiply_tile(Left left, const float* right, size_t right_stride, size_t depth,
+                                             float* tile) {
+    Floats sums[kRows][kVectors] = {};
+    for (size_t k = 0; k < depth; ++k, right += right_stride) {
+        Floats b[kVectors];
+        EVENSONG_UNROLL
+        for (size_t v = 0; v < kVectors; ++v) b[v] = load(right + v * kLanes);
+        EVENSONG_UNROLL
+        for (size_t i = 0; i < kRows; ++i) {
+            const float scalar = left.at(i, k);
+            EVENSONG_UNROLL
+            for (size_t v = 0; v < kVectors; ++v) sums[i][v] += scalar * b[v];
+        }
+    }
+    EVENSONG_UNROLL
+    for (size_t i = 0; i < kRows; ++i) {
+        EVENSONG_UNROLL
+        for (size_t v = 0; v < kVectors; ++v) store(tile + i * kPanelColumns + v * kLanes, sums[i][v]);
+    }
+}
+
+// Writes the first `columns` columns of a tile to out[row] + out_column.
+void finish_tile(const float* tile, size_t rows, float* const* out, size_t out_column, size_t columns,
+                 Epilogue epilogue) {
+    for (size_t j = 0; j < columns && j < kPanelColumns; j += kLanes) {
+        const size_t live = columns - j, column = out_column + j;
+        const Floats bias = epilogue.bias ? load_upto(epilogue.bias + column, live) : Floats{};
+#pragma GCC unroll 1
+        for (size_t i = 0; i < rows; ++i) {
+            float* c = out[i] + column;
+            Floats sum = load(tile + i * kPanelColumns + j) + bias;
+            if (epilogue.accumulate) sum += load_upto(c, live);
+            store_upto(c, activate(sum, epilogue.activation), live);
+        }
+    }
+}
+
+// Tiles by their height, so that any number of rows is a few of them.
+template <class Left>
+struct Tile {
+    size_t rows;
+    void (*multiply[kPanelVectors])(Left left, const float* right, size_t right_stride, size_t depth, float* tile);
+};
+
+template <class Left, size_t kRows>
+constexpr Tile<Left> tile_of() {
+    return {kRows, {multiply_tile<kRows, 1, Left>, multiply_tile<kRows, 2, Left>}};
+}
+
+template <class Left>
+constexpr Tile<Left> kTiles[] = {tile_of<Left, kTileRows>(), tile_of<Left, kTileRows / 3 * 2>(),
+                                 tile_of<Left, kTileRows / 3>(), tile_of<Left, 2>(), tile_of<Left, 1>()};
+
+// All rows of one panel: out[row][out_column + j] for the panel's columns j < `columns`.
+template <class Left>
+void multiply_rows(Left left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t rows,
+                   size_t out_column, size_t columns, Epilogue epilogue) {
+    const Tile<Left>* tile = kTiles<Left>;
+    for (size_t row = 0; row < rows; row += tile->rows) {
+        while (tile->rows > rows - row) ++tile;
+        alignas(64) float sums[kTileRows * kPanelColumns];
+        tile->multiply[columns > kLanes](left.from(row), right, right_stride, depth, sums);
+        finish_tile(sums, tile->rows, out + row, out_column, columns, epilogue);
+    }
+}
+
+// out (+)= left * right, where right's rows are contiguous and read in place; `scratch` holds one panel of `depth`
+// rows. `is_padded`: whole vectors may be read at the end of every row.
+template <class Left>
+void multiply_columns(Left left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t rows,
+                      size_t columns, Epilogue epilogue, float* scratch) {
+    for (size_t j = 0; j < columns; j += kPanelColumns) {
+        const size_t left_over = columns - j, width = panel_width(left_over);
+        if (left_over >= width || !scratch) {
+            multiply_rows(left, right + j, right_stride, depth, out, rows, j, left_over, epilogue);
+        } else {
+            pack_panel(right + j, right_stride, depth, left_over, scratch);
+            multiply_rows(left, scratch, width, depth, out, rows, j, left_over, epilogue);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- dot products
+
+// The products of kRows rows of x with kColumns rows of w, all contiguous: tile[row][column] is a vector of partial
+// sums.
+template <size_t kRows, size_t kColumns>
+__attribute__((noinline)) void dot_tile(const float* x, size_t depth, const float* const* w, float* tile) {
+    Floats sums[kRows][kColumns] = {};
+    size_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes) {
+        Floats a[kRows];
+        EVENSONG_UNROLL
+        for (size_t i = 0; i < kRows; ++i) a[i] = load(x + i * depth + k);
+        EVENSONG_UNROLL
+        for (size_t j = 0; j < kColumns; ++j) {
+            const Floats b = load(w[j] + k);
+            EVENSONG_UNROLL
+            for (size_t i = 0; i < kRows; ++i) sums[i][j] += a[i] * b;
+        }
+    }
+    if (k < depth) {
+        EVENSONG_UNROLL
+        for (size_t j = 0; j < kColumns; ++j) {
+            const Floats b = load_upto(w[j] + k, depth - k);
+            EVENSONG_UNROLL
+            for (size_t i = 0; i < kRows; ++i) sums[i][j] += load_upto(x + i * depth + k, depth - k) * b;
+        }
+    }
+    EVENSONG_UNROLL
+    for (size_t i = 0; i < kRows; ++i) {
+        EVENSONG_UNROLL
+        for (size_t j = 0; j < kColumns; ++j) store(tile + (i * kColumns + j) * kLanes, sums[i][j]);
+    }
+}
+
+// Adds up the lanes of each sum and writes the first `columns` of every row.
+void finish_dots(const float* tile, size_t rows, size_t tile_columns, float* out, size_t out_stride, size_t columns,
+                 const float* bias, int32_t kind) {
+    for (size_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 1
+        for (size_t j = 0; j < tile_columns && j < columns; ++j) {
+            float sum = sum_lanes(load(tile + (i * tile_columns + j) * kLanes)) + (bias ? bias[j] : 0.0f);
+            if (kind != activation::NONE) sum = sum < 0.0f ? 0.0f : sum;
+            if (kind == activation::RELU6) sum = sum > 6.0f ? 6.0f : sum;
+            out[i * out_stride + j] = sum;
+        }
+    }
+}
+
+template <size_t kRows, size_t kColumns>
+EVENSONG_INLINE void dot_rows(const float* x, size_t depth, const float* const* w, float* out, size_t out_stride,
+                              size_t& row, size_t rows, size_t columns, const float* bias, int32_t kind) {
+    for (; row + kRows <= rows; row += kRows) {
+        alignas(64) float tile[kRows * kColumns * kLanes];
+        dot_tile<kRows, kColumns>(x + row * depth, depth, w, tile);
+        finish_dots(tile, kRows, kColumns, out + row * out_stride, out_stride, columns, bias, kind);
+    }
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------- the face
+
+void multiply_panel(Rows left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t rows,
+                    size_t out_column, size_t columns, Epilogue epilogue) {
+    multiply_rows(left, right, right_stride, depth, out, rows, out_column, columns, epilogue);
+}
+
+void multiply_panel(Columns left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t rows,
+                    size_t out_column, size_t columns, Epilogue epilogue) {
+    multiply_rows(left, right, right_stride, depth, out, rows, out_column, columns, epilogue);
+}
+
+void multiply_packed(Rows left, const float* panels, size_t depth, float* const* out, size_t rows, size_t columns,
+                     Epilogue epilogue) {
+    for (size_t j = 0; j < columns; j += kPanelColumns) {
+        const size_t left_over = columns - j;
+        multiply_panel(left, panels + j * depth, panel_width(left_over), depth, out, rows, j, left_over, epilogue);
+    }
+}
+
+void multiply_in_place(Rows left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t rows,
+                       size_t columns, Epilogue epilogue, float* scratch) {
+    multiply_columns(left, right, right_stride, depth, out, rows, columns, epilogue, scratch);
+}
+
+void multiply_in_place(Columns left, const float* right, size_t right_stride, size_t depth, float* const* out,
+                       size_t rows, size_t columns, Epilogue epilogue, float* scratch) {
+    multiply_columns(left, right, right_stride, depth, out, rows, columns, epilogue, scratch);
+}
+
+void pack_panel(const float* right, size_t right_stride, size_t depth, size_t columns, float* panel) {
+    const size_t width = panel_width(columns);
+    for (size_t k = 0; k < depth; ++k, right += right_stride, panel += width) {
+        for (size_t j = 0; j < width; j += kLanes)
+            store(panel + j, j < columns ? load_upto(right + j, columns - j) : Floats{});
+    }
+}
+
+void pack_panel_transposed(const float* right, size_t stride, size_t depth, size_t columns, float* panel) {
+    const size_t width = panel_width(columns);
+    for (size_t j = 0; j < width; ++j) {
+        for (size_t k = 0; k < depth; ++k) panel[k * width + j] = j < columns ? right[j * stride + k] : 0.0f;
+    }
+}
+
+void multiply_by_dots(const float* x, const float* w, size_t rows, size_t columns, size_t depth, float* out,
+                      const float* bias, int32_t kind) {
+    constexpr size_t kColumns = EVENSONG_LANES == 16 ? 5 : 3;
+    const size_t step = rows >= 4 ? kColumns : 8;
+    for (size_t j = 0; j < columns; j += step) {
+        const float* w_rows[8];
+        for (size_t c = 0; c < step; ++c) w_rows[c] = w + (j + c < columns ? j + c : columns - 1) * depth;
+        const size_t live = columns - j;
+        const float* b = bias ? bias + j : nullptr;
+        size_t row = 0;
+        if (step == kColumns) dot_rows<4, kColumns>(x, depth, w_rows, out + j, columns, row, rows, live, b, kind);
+        if (step == kColumns) dot_rows<1, kColumns>(x, depth, w_rows, out + j, columns, row, rows, live, b, kind);
+        dot_rows<1, 8>(x, depth, w_rows, out + j, columns, row, rows, live, b, kind);
+    }
+}
+
+void bias_gradient(const float* dy, size_t rows, size_t columns, float* db) {
+    sum_columns(rows, columns, 1.0f, db,
+                [=](size_t i, size_t j, size_t live) { return load_upto(dy + i * columns + j, live); });
+}
+
+}  // namespace EVENSONG_ISA
+}  // namespace evensong
