@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evensong.simulations.data import HAR_NEWCOMERS, DataError, Dataset, load_dataset
 from evensong.simulations.fleet import Fleet, make_fleet, split_by_block
-from evensong.simulations.partition import label_skew, with_partitioner
+from evensong.simulations.partition import divide_by, label_skew
 
 
 @settings(deadline=None, max_examples=50)
@@ -26,13 +26,13 @@ def test_label_skew_deals_every_example_once_in_equal_parts(
     array = np.array(labels, dtype=np.int32)
     if devices > len(labels):
         with pytest.raises(DataError, match="more devices than examples"):
-            label_skew(array, devices, concentration, np.random.default_rng(seed))
+            label_skew(concentration)(array, devices, np.random.default_rng(seed))
         return
-    parts = label_skew(array, devices, concentration, np.random.default_rng(seed))
+    parts = label_skew(concentration)(array, devices, np.random.default_rng(seed))
     assert sorted(np.concatenate(parts)) == list(range(len(labels)))
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
-    again = label_skew(array, devices, concentration, np.random.default_rng(seed))
+    again = label_skew(concentration)(array, devices, np.random.default_rng(seed))
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
@@ -40,7 +40,7 @@ def test_a_small_concentration_gives_devices_fewer_classes() -> None:
     labels = np.repeat(np.arange(10, dtype=np.int32), 100)
 
     def largest_share(concentration: float) -> float:
-        parts = label_skew(labels, 10, concentration, np.random.default_rng(0))
+        parts = label_skew(concentration)(labels, 10, np.random.default_rng(0))
         return float(np.mean([np.bincount(labels[part], minlength=10).max() / len(part) for part in parts]))
 
     assert largest_share(0.1) > 0.4 > 0.2 > largest_share(100.0)
@@ -108,15 +108,23 @@ def test_standardisation_learns_from_training_examples_only() -> None:
     assert _training_bytes(other) == _training_bytes(fleet)
 
 
-def test_flower_partitioners_work_offline() -> None:
-    partitioner = pytest.importorskip("flwr_datasets.partitioner", reason="needs flwr-datasets")
-    labels = load_dataset("digits").labels
-    parts = with_partitioner(
-        labels,
-        partitioner.PathologicalPartitioner(10, "label", 2, class_assignment_mode="deterministic"),
-    )
-    assert sorted(np.concatenate(parts)) == list(range(len(labels)))
-    assert all(len(np.unique(labels[part])) == 2 for part in parts)
+@pytest.mark.parametrize("name", ["iid", "dirichlet:0.5", "pathological:2"])
+def test_flower_partitioners_deal_no_example_twice_and_follow_the_seed(name: str) -> None:
+    pytest.importorskip("flwr_datasets", reason="needs flwr-datasets")
+    labels = np.repeat(np.arange(5, dtype=np.int32), 60)
+    divide = divide_by(name)
+    parts = divide(labels, 5, np.random.default_rng(1))
+    assert len(parts) == 5 and len(np.unique(np.concatenate(parts))) == sum(map(len, parts)) <= len(labels)
+    again = divide(labels, 5, np.random.default_rng(1))
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    if name == "pathological:2":
+        assert all(len(np.unique(labels[part])) == 2 for part in parts)
+
+
+@pytest.mark.parametrize("name", ["", "skew", "skew:-1", "dirichlet:x", "iid:3", "shards:2", "pathological:1.5"])
+def test_a_partition_that_does_not_exist_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match=r"partition|concentration"):
+        divide_by(name)
 
 
 def _walkers() -> Dataset:

@@ -2,17 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
-from evensong.mobile_runtime.memory import MemoryReport
+from evensong.coordinator.views import EventKind, TaskEvent
+from evensong.mobile_runtime import engine_info, load
+from evensong.mobile_runtime.memory import memory_report
 from evensong.mobile_runtime.session import Session
-from evensong.simulations.fleet import Examples, Shard
-from evensong.simulations.results import DeviceOutcome, RoundOutcome, Sample
-from evensong.simulations.witness import Answers, classes_of
-from evensong.v1 import operator_pb2
+from evensong.simulations.fleet import Examples, Fleet, Shard
+from evensong.simulations.report import write_report
+from evensong.simulations.results import DeviceOutcome, Results, RoundOutcome, Sample, Traffic, write_json
+from evensong.simulations.witness import Account, Answers, classes_of
+from evensong.wire.artifact import artifact_hash, decode_artifact
+
+
+def summarise(
+    fleet: Fleet,
+    artifact: bytes,
+    trained: bytes,
+    events: Sequence[TaskEvent],
+    accounts: Mapping[str, Account],
+    *,
+    title: str,
+    seed: int,
+    seconds: float,
+    notes: Mapping[str, str],
+) -> Results:
+    """A whole run. ``accounts`` are by the names of the fleet's shards; ``events`` are the task's history.
+
+    What the devices answered is taken from their accounts; only the initial model, and the models on examples of no
+    device, are asked here.
+    """
+    initial, final = load(artifact), load(trained)
+    decoded = decode_artifact(artifact)
+    memory, float32_bytes = memory_report(decoded), sum(variable.nbytes for variable in decoded.variables)
+    rounds = rounds_of(events)
+
+    def testify(shard: Shard) -> Testimony:
+        account = accounts[shard.name]
+        return Testimony(shard, ask(initial, shard.test), account.federated, account.personalised)
+
+    participants = [testify(shard) for shard in fleet.participants]
+    shares = [accounts[shard.name] for shard in fleet.participants]
+    classes, test = len(fleet.classes), fleet.test
+    return Results(
+        title=title,
+        dataset=fleet.dataset,
+        classes=fleet.classes,
+        devices=tuple(device_outcome(testimony, classes) for testimony in participants),
+        newcomers=tuple(device_outcome(testify(shard), classes) for shard in fleet.newcomers),
+        rounds=rounds,
+        traffic=Traffic(
+            up_per_device_round=fmean(share.bytes_up for share in shares) / len(rounds),
+            down_per_device_round=fmean(share.bytes_down for share in shares) / len(rounds),
+            float32_per_device_round=float32_bytes,
+        ),
+        parameters=float32_bytes // 4,
+        arena_bytes=max(program.arena + program.workspace for program in memory.programs),
+        memory={
+            "to predict": memory.inference_peak,
+            "to train": memory.training_peak,
+            "of it parameters": memory.state,
+            "of it optimiser": memory.slots,
+        },
+        seconds=seconds,
+        seed=seed,
+        global_test={}
+        if test is None
+        else {"before": accuracy(ask(initial, test), test), "federated": accuracy(ask(final, test), test)},
+        samples=samples_of(participants),
+        notes={
+            "engine": " ".join(filter(None, (engine_info().engine, engine_info().instruction_set))),
+            "artifact": artifact_hash(artifact),
+            "trained artifact": artifact_hash(trained),
+            **notes,
+        },
+    )
+
+
+def write_all(results: Results, artifact: bytes, trained: bytes, folder: Path) -> None:
+    """``report.html``, ``results.json``, and the artifact before (``initial.evsg``) and after (``trained.evsg``)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "initial.evsg").write_bytes(artifact)
+    (folder / "trained.evsg").write_bytes(trained)
+    write_json(results, folder / "results.json")
+    write_report(results, folder / "report.html")
 
 
 @dataclass(frozen=True)
@@ -68,41 +146,26 @@ def samples_of(testimonies: Iterable[Testimony], limit: int = 12) -> tuple[Sampl
     return tuple(in_turn[:limit])
 
 
-def rounds_of(events: Sequence[operator_pb2.TaskEvent]) -> tuple[RoundOutcome, ...]:
+def rounds_of(events: Sequence[TaskEvent]) -> tuple[RoundOutcome, ...]:
     """The committed rounds of a task's history, each with the evaluation of its version where there was one."""
     evaluated = {
-        event.version: event.metrics.correct / event.metrics.examples
+        event.version: event.metrics.accuracy
         for event in events
-        if event.kind == operator_pb2.EVENT_KIND_VERSION_EVALUATED and event.metrics.examples
+        if event.kind == EventKind.VERSION_EVALUATED and event.metrics
     }
     return tuple(
         RoundOutcome(
             number=event.version,
-            seconds=(event.time_unix_ms - events[0].time_unix_ms) / 1000,
+            seconds=(event.time - events[0].time).total_seconds(),
             reports=event.reports,
-            training_loss=event.metrics.loss_sum / max(event.metrics.examples, 1),
+            training_loss=event.metrics.loss if event.metrics else 0.0,
             bytes_up=event.bytes_up,
             bytes_down=event.bytes_down,
             accuracy=evaluated.get(event.version),
         )
         for event in events
-        if event.kind == operator_pb2.EVENT_KIND_VERSION_COMMITTED
+        if event.kind == EventKind.VERSION_COMMITTED
     )
-
-
-def memory_table(memory: MemoryReport) -> dict[str, int]:
-    """What takes the memory of a device, in bytes."""
-    return {
-        "to predict": memory.inference_peak,
-        "to train": memory.training_peak,
-        "of it parameters": memory.state,
-        "of it optimiser": memory.slots,
-    }
-
-
-def arena_bytes(memory: MemoryReport) -> int:
-    """The largest scratch that one of the programs needs while it runs."""
-    return max(program.arena + program.workspace for program in memory.programs)
 
 
 def _rows(picture: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> tuple[tuple[float, ...], ...]:

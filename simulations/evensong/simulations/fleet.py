@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evensong.simulations.data import HAR_NEWCOMERS, DataError, Dataset, Floats, Indices, Labels
-from evensong.simulations.partition import label_skew
+from evensong.simulations.partition import Divide, label_skew
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def make_fleet(
     devices: int,
     *,
     seed: int,
-    concentration: float = 0.2,
+    divide: Divide | None = None,
     test_share: float = 0.25,
     global_test: int = 360,
     limit: int | None = None,
@@ -59,9 +59,9 @@ def make_fleet(
     """Divides ``dataset`` the way its data suggests: by person where it knows people, else by label skew.
 
     Human activity: each person is a device; the official test people are newcomers. ``devices`` beyond 21 is refused.
-    Others: ``global_test`` examples are set aside first, the rest goes to devices of equal size whose mix of classes is
-    drawn from Dirichlet(``concentration``). ``test_share`` of each device's blocks are its own test. With ``limit``,
-    devices hold at most that many examples each.
+    Others: ``global_test`` examples are set aside first, the rest goes to devices as ``divide`` says (by default label
+    skew with concentration 0.2). ``test_share`` of each device's blocks are its own test. With ``limit``, devices hold
+    at most that many examples each on average.
     """
     if devices < 1:
         raise DataError("a fleet needs a device", got=devices)
@@ -72,7 +72,8 @@ def make_fleet(
     held_out, rest = order[:global_test], order[global_test:]
     if limit is not None:
         rest = rest[: limit * devices]
-    parts = [rest[part] for part in label_skew(dataset.labels[rest], devices, concentration, random)]
+    divide = divide or label_skew(0.2)
+    parts = [rest[part] for part in divide(dataset.labels[rest], devices, random)]
     shards = tuple(_shard(dataset, f"device {i + 1}", part, test_share, random) for i, part in enumerate(parts))
     return Fleet(dataset.name, dataset.classes, shards, test=_examples(dataset, held_out))
 

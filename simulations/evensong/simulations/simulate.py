@@ -24,19 +24,20 @@ from evensong.coordinator.config import load as load_settings
 from evensong.coordinator.context import run_inline
 from evensong.coordinator.server import CoordinatorCore
 from evensong.coordinator.task import Task
+from evensong.coordinator.views import TaskEvent, TaskState, TaskStatus
 from evensong.simulations import virtual_time
 from evensong.simulations.counting import CountingTransport
 from evensong.simulations.fleet import Examples, Shard
 from evensong.simulations.in_memory import InMemoryTransport, Network
 from evensong.simulations.virtual_time import SimulatedClock
-from evensong.simulations.witness import Answers, Witness
+from evensong.simulations.witness import Account, Witness
 from evensong.v1 import common_pb2, operator_pb2
 from evensong.wire.errors import EvensongError
 from evensong.wire.tensors import FloatArray, decode_tensors
 
 T = TypeVar("T")
 GOOD_NETWORK = Network()
-Progress = Callable[[operator_pb2.TaskEvent], None]
+Progress = Callable[[TaskEvent], None]
 
 
 class SimulationError(EvensongError):
@@ -45,14 +46,10 @@ class SimulationError(EvensongError):
 
 @dataclass(frozen=True)
 class ClientResult:
-    """What one device answered and sent. ``federated`` and ``personalised`` are empty where a device has no test
-    examples."""
+    """One device's share. The answers in ``account`` are empty where it has no test examples."""
 
     shard: Shard
-    federated: Answers
-    personalised: Answers
-    bytes_up: int
-    bytes_down: int
+    account: Account
     lost_messages: int
 
 
@@ -62,7 +59,7 @@ class SimulationResult:
 
     parameters: Mapping[str, FloatArray]
     parameters_sha256: str  #: of the version's blob: equal for equal seeds
-    events: tuple[operator_pb2.TaskEvent, ...]
+    events: tuple[TaskEvent, ...]
     clients: tuple[ClientResult, ...]
     simulated_seconds: float
 
@@ -179,12 +176,14 @@ class _World:
 
             await device.run_async(finished)
             return ClientResult(
-                shard=shard,
-                federated=witness.answers.get(task.rounds, []),
-                personalised=witness.ask() if len(shard.test) else [],
-                bytes_up=counted.bytes_up,
-                bytes_down=counted.bytes_down,
-                lost_messages=line.lost,
+                shard,
+                Account(
+                    federated=witness.answers.get(task.rounds, []),
+                    personalised=witness.ask() if len(shard.test) else [],
+                    bytes_up=counted.bytes_up,
+                    bytes_down=counted.bytes_down,
+                ),
+                line.lost,
             )
         finally:
             await device.close_async()
@@ -197,7 +196,7 @@ class History:
         self._core = core
         self._task_id = task_id
         self._progress = progress
-        self.events: list[operator_pb2.TaskEvent] = []
+        self.events: list[TaskEvent] = []
         self.ended = False
 
     async def follow(self) -> bytes:
@@ -205,16 +204,16 @@ class History:
         while not self.ended:
             news = self._core.context.news.next()
             found, ended = self._core.operators.read_events(self._task_id, len(self.events))
-            for event in found:
+            for event in map(TaskEvent.of, found):
                 self.events.append(event)
                 self._progress(event)
             if not found and not ended:
                 await asyncio.shield(news)
             self.ended = ended
-        status = self._core.operators.get_task(operator_pb2.GetTaskRequest(task_id=self._task_id)).task
-        if status.state != operator_pb2.TASK_STATE_COMPLETE:
-            state = operator_pb2.TaskState.Name(status.state).removeprefix("TASK_STATE_").lower()
-            raise SimulationError(f"the task ended as {state}", got=status.message or None)
+        request = operator_pb2.GetTaskRequest(task_id=self._task_id)
+        status = TaskStatus.of(self._core.operators.get_task(request).task)
+        if status.state != TaskState.COMPLETE:
+            raise SimulationError(f"the task ended as {status.state}", got=status.message or None)
         versions = self._core.operators.list_versions(operator_pb2.ListVersionsRequest(task_id=self._task_id)).versions
         return self._core.context.blobs.read(versions[-1].manifest.parameters.sha256.hex())
 

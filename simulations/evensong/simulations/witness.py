@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,16 @@ import numpy.typing as npt
 from evensong.client.callbacks import Event, ModelServed
 
 Answers = list[int]  #: a class number for each test example
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a device's models answered to its test examples, and what its line carried in all its life."""
+
+    federated: Answers
+    personalised: Answers
+    bytes_up: int
+    bytes_down: int
 
 
 class Witness:

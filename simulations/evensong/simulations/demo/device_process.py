@@ -4,7 +4,7 @@ answered.
     python -m evensong.simulations.demo.device_process FOLDER --coordinator HOST:PORT --last-version N --seed N
 
 FOLDER holds this device's examples (``shard.npz``: train_x, train_y, test_x, test_y) and its enrolment token
-(``token``). What the device remembers goes to ``FOLDER/state``, the answers of its models to ``FOLDER/outcome.json``.
+(``token``). What the device remembers goes to ``FOLDER/state``, its account to ``FOLDER/account.json``.
 It ends when it serves version N.
 """
 
@@ -14,7 +14,7 @@ import argparse
 import asyncio
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +22,10 @@ import numpy as np
 from evensong.client import AlwaysReady, Device, Idle, Limits, Outcome
 from evensong.client.grpc_transport import GrpcTransport
 from evensong.simulations.counting import CountingTransport
-from evensong.simulations.witness import Answers, Witness
+from evensong.simulations.witness import Account, Witness
 from evensong.wire.errors import EvensongError
 
 HOLD_MS = 1_000  # a check-in is held no longer, so that the end of the task is noticed soon
-
-
-@dataclass(frozen=True)
-class Account:
-    """Class numbers that the device's models gave to its test examples, and what its line carried."""
-
-    federated: Answers
-    personalised: Answers
-    training_bytes: int
-    bytes_up: int
-    bytes_down: int
 
 
 def main(argv: list[str]) -> int:
@@ -79,7 +68,6 @@ async def take_part(folder: Path, coordinator: str, last_version: int, seed: int
         return Account(
             federated=witness.answers[last_version],
             personalised=witness.ask(),
-            training_bytes=device.memory().training_bytes,
             bytes_up=transport.bytes_up,
             bytes_down=transport.bytes_down,
         )
@@ -89,14 +77,14 @@ async def take_part(folder: Path, coordinator: str, last_version: int, seed: int
 
 def write_account(folder: Path, account: Account) -> None:
     """Whole or not at all."""
-    temporary = folder / "outcome.json.new"
+    temporary = folder / "account.json.new"
     temporary.write_text(json.dumps(asdict(account)))
-    temporary.rename(folder / "outcome.json")
+    temporary.rename(folder / "account.json")
 
 
 def read_account(folder: Path) -> Account:
     """What a device process that ended well has written."""
-    return Account(**json.loads((folder / "outcome.json").read_text()))
+    return Account(**json.loads((folder / "account.json").read_text()))
 
 
 if __name__ == "__main__":
