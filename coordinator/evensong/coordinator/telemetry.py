@@ -1,0 +1,62 @@
+"""What the daemon tells about itself: structured log lines and Prometheus metrics. Never tokens, keys or updates."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+Log = structlog.typing.FilteringBoundLogger
+
+
+def make_logger(form: Literal["console", "json"] = "console", level: str = "warning") -> Log:
+    """Lines on standard error: for people, or one JSON object each. Tracebacks never show local variables."""
+    rendering: list[structlog.typing.Processor]
+    if form == "json":
+        rendering = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    else:
+        rendering = [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
+    log: Log = structlog.wrap_logger(
+        structlog.WriteLogger(sys.stderr),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *rendering,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+    )
+    return log
+
+
+class Telemetry:
+    """The metrics of one coordinator; each has its own registry, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self.registry = registry
+        self.calls = Counter("evensong_calls", "Calls answered", ["method"], registry=registry)
+        self.seconds = Histogram(
+            "evensong_call_seconds",
+            "Time to answer, without the time a check-in is held",
+            ["method"],
+            registry=registry,
+        )
+        self.refusals = Counter("evensong_refusals", "Refused calls", ["method", "reason"], registry=registry)
+        self.check_ins = Counter("evensong_check_ins", "Answered check-ins", ["answer"], registry=registry)
+        self.held = Gauge("evensong_held_check_ins", "Check-ins that wait for work", registry=registry)
+        self.accepted = Counter("evensong_accepted_reports", "Reports counted", ["work"], registry=registry)
+        self.bytes_in = Counter("evensong_received_update_bytes", "Bytes of updates received", registry=registry)
+        self.bytes_out = Counter("evensong_sent_blob_bytes", "Bytes of blobs sent to devices", registry=registry)
+        self.rounds = Counter("evensong_rounds", "Rounds that entered a state", ["work", "state"], registry=registry)
+        self.round_seconds = Histogram(
+            "evensong_round_seconds",
+            "From a round's opening to its end",
+            ["work"],
+            buckets=(0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600),
+            registry=registry,
+        )
