@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tiny_artifact import tiny_artifact, tiny_examples
 
-from evensong.client import AlwaysReady, Device, inline
+from evensong.client import AlwaysReady, Device, Outcome, inline
 from evensong.v1 import common_pb2, device_pb2, task_pb2
 from evensong.wire.artifact import decode_artifact
 from evensong.wire.chunks import ALREADY_THERE, check_chunk, crc32c, sha256
@@ -47,12 +47,13 @@ class Committed:
 class Coordinator:
     """The device service, as far as a device can tell. ``give`` lists the kinds of work for the next check-ins.
 
-    ``before`` is called with each call's number and method before it is handled and ``after`` once it was: raising
-    UnreachableError there loses the request or the answer. ``tamper`` may change any response.
+    ``before`` is called with a running number and the method before each message is handled, ``after`` once it was:
+    raising UnreachableError there loses the request or the answer. ``tamper`` may change any response.
     """
 
     clock: FakeClock
-    artifact: bytes = field(default_factory=tiny_artifact)
+    features: int = 4
+    classes: int = 3
     give: list[int] = field(default_factory=list)
     lease_ms: int = 600 * SECOND
     chunk_bytes: int = 1024
@@ -63,11 +64,14 @@ class Coordinator:
     retry: tuple[int, int] = (1000, 2000)
 
     def __post_init__(self) -> None:
+        self.artifact = tiny_artifact(self.features, self.classes)
         self.signer = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
         self.token = str(EnrolmentToken.create(public_key_of(self.signer)))
         self.calls: list[str] = []
         self.requests: list[tuple[str, bytes]] = []
         self.answers: dict[bytes, bytes] = {}  # by request id
+        self.bodies: dict[bytes, bytes] = {}  # by request id: a repetition must be the very same request
+        self.moments = 0  # at which something may be lost: see `before` and `after`
         self.devices: dict[str, bytes] = {}
         self.uploads: dict[str, tuple[common_pb2.BlobRef, bytearray]] = {}
         self.committed: list[Committed] = []
@@ -118,10 +122,10 @@ class Coordinator:
     # the transport
 
     async def call(self, method: str, body: bytes, metadata: Metadata) -> bytes:
-        number, name = len(self.calls), method.rpartition("/")[2]
+        name = method.rpartition("/")[2]
         self.calls.append(name)
         self.requests.append((name, body))
-        self.before(number, name)
+        self._moment(self.before, name)
         request = getattr(device_pb2, f"{name}Request").FromString(body)
         if name == "Enrol":
             verify_request(metadata, method, body, request.public_key, self.clock.now)
@@ -129,17 +133,18 @@ class Coordinator:
         else:
             verify_request(metadata, method, body, self.devices[dict(metadata)["evensong-device"]], self.clock.now)
         request_id = getattr(request, "request_id", b"")
+        assert not request_id or self.bodies.setdefault(request_id, body) == body
         if request_id not in self.answers or name == "BeginUpload":
             response = getattr(self, f"_{name}")(request)
             if not response.HasField("retry"):
                 response.retry.earliest_ms, response.retry.latest_ms = self.retry
             self.tamper(name, response)
             answer = response.SerializeToString()
-            if request_id:
+            if request_id and not response.HasField("refusal"):
                 self.answers[request_id] = answer
         else:
             answer = self.answers[request_id]
-        self.after(number, name)
+        self._moment(self.after, name)
         return answer
 
     async def stream(self, method: str, body: bytes, metadata: Metadata) -> AsyncIterator[bytes]:
@@ -147,18 +152,21 @@ class Coordinator:
         request = device_pb2.DownloadRequest.FromString(body)
         data = self.blobs[request.sha256]
         for offset in range(request.offset, len(data), self.chunk_bytes):
-            number = len(self.calls)
-            self.before(number, "Download")
+            self._moment(self.before, "Download")
             part = data[offset : offset + self.chunk_bytes]
             response = device_pb2.DownloadResponse(
                 total_bytes=len(data), chunk=common_pb2.BlobChunk(offset=offset, data=part, crc32c=crc32c(part))
             )
             self.tamper("Download", response)
             yield response.SerializeToString()
-            self.after(number, "Download")
+            self._moment(self.after, "Download")
 
     async def close(self) -> None:
         pass
+
+    def _moment(self, hook: Callable[[int, str], None], method: str) -> None:
+        self.moments += 1
+        hook(self.moments, method)
 
     # the calls
 
@@ -233,16 +241,27 @@ def device_for(coordinator: Coordinator, state_dir=None, *, examples: int = 40, 
     options = {"conditions": AlwaysReady(), "seed": 1, "run_blocking": inline, "clock": coordinator.clock} | options
     device = Device(state_dir, coordinator="in-memory", token=coordinator.token, transport=coordinator, **options)
     if examples and not device.examples.count():
-        device.examples.add_many(*tiny_examples(examples, seed=1))
-        device.examples.add_many(*tiny_examples(examples // 2, seed=2), split="test")
+        shape = coordinator.features, coordinator.classes
+        device.examples.add_many(*tiny_examples(examples, 1, *shape))
+        device.examples.add_many(*tiny_examples(examples // 2, 2, *shape), split="test")
     return device
 
 
-def lose(*numbers: int) -> Callable[[int, str], None]:
-    """For ``before`` or ``after``: the calls of these numbers are lost."""
+def lose(moments: Collection[int]) -> Callable[[int, str], None]:
+    """For ``before`` and ``after``: what would cross the network at these moments is lost."""
 
-    def hook(number: int, method: str) -> None:
-        if number in numbers:
-            raise UnreachableError(f"call {number} ({method}) was lost")
+    def hook(moment: int, method: str) -> None:
+        if moment in moments:
+            raise UnreachableError(f"{method} was lost at moment {moment}")
 
     return hook
+
+
+def step_until(device: Device, kind: type[Outcome], *, most: int = 100) -> Outcome:
+    """Steps and lets the told time pass until an outcome of ``kind``."""
+    for _ in range(most):
+        outcome = device.step()
+        if isinstance(outcome, kind):
+            return outcome
+        device._context.clock.now += int(outcome.wait_s * 1000)
+    raise AssertionError(f"no {kind.__name__} in {most} steps")

@@ -19,6 +19,10 @@ class Cache(Protocol):
         """The blob, verified now; a damaged one is discarded and counts as missing."""
         ...
 
+    def has(self, sha256: bytes) -> bool:
+        """Whether the blob is there, as far as can be told without reading it."""
+        ...
+
     def received(self, sha256: bytes) -> int:
         """Bytes of an unfinished download."""
         ...
@@ -55,6 +59,9 @@ class FolderCache:
             return None
         os.utime(path)  # now the most recently used
         return data
+
+    def has(self, sha256: bytes) -> bool:
+        return self._path(sha256).exists()
 
     def received(self, sha256: bytes) -> int:
         part = self._part(sha256)
@@ -112,6 +119,9 @@ class MemoryCache:
         if data is not None:
             self._blobs[sha256] = data
         return data
+
+    def has(self, sha256: bytes) -> bool:
+        return sha256 in self._blobs
 
     def received(self, sha256: bytes) -> int:
         return len(self._parts.get(sha256, b""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -54,10 +54,16 @@ class Calls:
     async def abort(self, request: device_pb2.AbortRequest) -> device_pb2.AbortResponse:
         return await self._call("Abort", request.SerializeToString(), device_pb2.AbortResponse)
 
-    async def download(self, request: device_pb2.DownloadRequest) -> AsyncIterator[device_pb2.DownloadResponse]:
+    async def download(self, request: device_pb2.DownloadRequest) -> AsyncGenerator[device_pb2.DownloadResponse, None]:
+        """Close it (``aclosing``) to end the call early."""
         method, body = DEVICE_SERVICE + "Download", request.SerializeToString()
-        async for answer in self._transport.stream(method, body, self._sign(method, body)):
-            yield _parse(answer, device_pb2.DownloadResponse, "Download")
+        answers = self._transport.stream(method, body, self._sign(method, body))
+        try:
+            async for answer in answers:
+                yield _parse(answer, device_pb2.DownloadResponse, "Download")
+        finally:
+            if isinstance(answers, AsyncGenerator):
+                await answers.aclose()
 
     async def close(self) -> None:
         if self._opened is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
+
 from evensong.client.callbacks import Downloaded
 from evensong.client.calls import raise_refusal
 from evensong.client.context import Context
@@ -34,8 +36,7 @@ async def _download(context: Context, blob: common_pb2.BlobRef, what: str) -> by
     received = start
     if received < blob.size_bytes:
         request = device_pb2.DownloadRequest(sha256=blob.sha256, offset=received)
-        answers = context.calls.download(request)
-        try:
+        async with aclosing(context.calls.download(request)) as answers:
             async for answer in answers:
                 raise_refusal(answer)
                 _check(answer, received, blob, what)
@@ -43,8 +44,6 @@ async def _download(context: Context, blob: common_pb2.BlobRef, what: str) -> by
                 received += len(answer.chunk.data)
                 if received == blob.size_bytes:
                     break
-        finally:
-            await answers.aclose()  # type: ignore[attr-defined]
     if received < blob.size_bytes:
         raise UnreachableError(f"the download of the {what} ended early", expected=blob.size_bytes, got=received)
     try:

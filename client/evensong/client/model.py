@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,8 @@ from evensong.client.context import Context
 from evensong.client.errors import UntrustedError
 from evensong.client.fetch import fetch
 from evensong.client.trust import TrustedModel, check_artifact, check_training_fits
-from evensong.mobile_runtime.errors import RuntimeFault
 from evensong.mobile_runtime.session import Array, Session
+from evensong.v1 import task_pb2
 from evensong.wire.artifact import decode_artifact
 from evensong.wire.errors import WireError
 from evensong.wire.program import Artifact, DType
@@ -35,7 +36,13 @@ async def obtain(context: Context, model: TrustedModel) -> Material:
     """Artifact and parameters, fetched as needed and checked against the signed layout."""
     artifact_bytes = await fetch(context, model.bundle.artifact, "artifact")
     parameters = await fetch(context, model.version.parameters, "parameters")
+    context.cache.trim({*blobs_of(model.bundle, model.version), *_served_blobs(context)})
     return check_material(model, artifact_bytes, parameters)
+
+
+def blobs_of(bundle: task_pb2.TaskBundle, version: task_pb2.VersionManifest) -> tuple[bytes, bytes]:
+    """The content addresses that a version needs."""
+    return bundle.artifact.sha256, version.parameters.sha256
 
 
 def check_material(model: TrustedModel, artifact_bytes: bytes, parameters: bytes) -> Material:
@@ -49,17 +56,22 @@ def check_material(model: TrustedModel, artifact_bytes: bytes, parameters: bytes
     return Material(model, artifact, artifact_bytes, dict(reference))
 
 
-def open_session(context: Context, material: Material, *, to_train: bool = False) -> Session:
-    """A session with the version's tensors and the personal ones; the caller closes it.
+def open_training_session(context: Context, material: Material, seed: int) -> Session:
+    """:func:`open_session`, if training takes no more memory than the device gives; else :class:`UnfitError`.
 
-    ``to_train``: the memory is checked first, and :class:`UnfitError` raised if it is more than the device gives.
+    ``seed`` (unsigned 64 bits) drives dropout.
     """
-    if to_train:
-        check_training_fits(material.artifact, material.model, context.memory_bytes)
+    check_training_fits(material.artifact, material.model, context.memory_bytes)
+    return open_session(context, material, seed)
+
+
+def open_session(context: Context, material: Material, seed: int = 0) -> Session:
+    """A session with the version's tensors and the personal ones; the caller closes it."""
     session = context.load(material.artifact_bytes)
     try:
+        session.reset(seed=seed)
         session.set({**material.reference, **personal_tensors(context, material)})
-    except RuntimeFault:
+    except BaseException:
         session.close()
         raise
     return session
@@ -88,6 +100,12 @@ def store_personal(context: Context, material: Material, tensors: dict[str, Arra
     layout = personal_layout(material)
     if layout:
         context.state.set_personal(material.model.task_id, encode_tensors(tensors, layout))
+
+
+def _served_blobs(context: Context) -> Iterator[bytes]:
+    for row in context.state.served():  # verified before they were stored
+        bundle, version = (task_pb2.SignedBlob.FromString(blob).payload for blob in (row.bundle, row.version))
+        yield from blobs_of(task_pb2.TaskBundle.FromString(bundle), task_pb2.VersionManifest.FromString(version))
 
 
 def initial_tensors(artifact: Artifact, names: list[str]) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from evensong.client.callbacks import Personalized, StepDone
 from evensong.client.context import Context
 from evensong.client.errors import UnfitError
-from evensong.client.model import Material, open_session
+from evensong.client.model import Material, open_training_session
 from evensong.client.train import Training, run_epochs
 from evensong.client.trust import TrustedModel
 from evensong.client.work import watch
@@ -37,7 +37,7 @@ def personalize(context: Context, material: Material, recipe: Recipe, stop: thre
     """
     model = material.model
     order = context.randomness.generator()
-    session = open_session(context, material, to_train=True)
+    session = open_training_session(context, material, int(order.integers(1 << 63)))
     try:
         session.freeze(_frozen(session, recipe.trainable))
         training = run_epochs(

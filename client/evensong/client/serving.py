@@ -13,7 +13,7 @@ from evensong.client.context import Context
 from evensong.client.enrol import signer_public_key
 from evensong.client.errors import NoModelError, RefusedError, UnfitError, UntrustedError
 from evensong.client.evaluate import evaluate
-from evensong.client.model import Material, check_material, obtain, open_session
+from evensong.client.model import Material, blobs_of, check_material, obtain, open_session
 from evensong.client.state import ServedRow
 from evensong.client.trust import TrustedModel, trust
 from evensong.mobile_runtime.errors import RuntimeFault
@@ -31,7 +31,8 @@ class Serving:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._lock = threading.RLock()
-        self._sessions: dict[str, Session] = {}  # by task
+        self._sessions: dict[str, Session] = {}  # by task id
+        self._asked: dict[str | None, str] = {}  # what predict was asked for, and the id of the task that it means
 
     async def adopt(self, offers: Iterable[device_pb2.Serving]) -> None:
         """Takes over each offered version that verifies; the old one answers until the new one is here completely.
@@ -57,8 +58,7 @@ class Serving:
     def material(self, task: str | None = None) -> Material:
         """The served version, from the local cache alone."""
         model = self._verified(self._row(task))
-        blobs = [self._context.cache.get(blob.sha256) for blob in (model.bundle.artifact, model.version.parameters)]
-        artifact, parameters = blobs
+        artifact, parameters = map(self._context.cache.get, blobs_of(model.bundle, model.version))
         if artifact is None or parameters is None:
             raise NoModelError("files of the model are missing here", fix="The next check-in fetches them again.")
         return check_material(model, artifact, parameters)
@@ -73,14 +73,17 @@ class Serving:
             for session in self._sessions.values():
                 session.close()
             self._sessions.clear()
+            self._asked.clear()
 
     async def _adopt(self, offer: device_pb2.Serving) -> None:
         context = self._context
         row = ServedRow(offer.task_id, offer.bundle.SerializeToString(), offer.version.SerializeToString())
-        is_new = row not in context.state.served()
         model = self._verified(row)
+        is_known = row in context.state.served()
+        if is_known and all(context.cache.has(blob) for blob in blobs_of(model.bundle, model.version)):
+            return
         material = await obtain(context, model)
-        if not is_new:
+        if is_known:  # only its files had been lost
             return
         open_session(context, material).close()  # it runs here, or the old version stays
         # Of tasks that share a name, the newest counts: it replaces what the same application served before.
@@ -90,8 +93,6 @@ class Serving:
             if each.bundle.name == model.bundle.name and each.task_id != model.task_id
         ]
         context.state.set_served(row, replaces=same_name)
-        keep = [blob for each in self.tasks() for blob in (each.bundle.artifact, each.version.parameters)]
-        context.cache.trim([blob.sha256 for blob in keep])
         self.refresh()
         context.callbacks.emit(ModelServed(model.task_id, model.version.number))
 
@@ -123,11 +124,12 @@ class Serving:
         return rows[0]
 
     def _session(self, task: str | None) -> Session:
-        row = self._row(task) if task is None or task not in self._sessions else None
-        key = row.task_id if row else task or ""
-        if key not in self._sessions:
-            self._sessions[key] = open_personalized(self._context, self.material(key))
-        return self._sessions[key]
+        task_id = self._asked.get(task)
+        if task_id is None:
+            task_id = self._asked[task] = self._row(task).task_id
+        if task_id not in self._sessions:
+            self._sessions[task_id] = open_personalized(self._context, self.material(task_id))
+        return self._sessions[task_id]
 
 
 def open_personalized(context: Context, material: Material) -> Session:

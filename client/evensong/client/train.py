@@ -48,7 +48,6 @@ def train(
     plan: task_pb2.LocalPlan,
     *,
     reference: Mapping[str, npt.ArrayLike],
-    personal: Mapping[str, npt.ArrayLike],
     examples: Examples,
     learning_rate: float,
     order: np.random.Generator,
@@ -56,13 +55,11 @@ def train(
     between_steps: BetweenSteps,
     on_step: OnStep,
 ) -> LocalUpdate:
-    """Local SGD (McMahan et al. 2017, ClientUpdate): from ``reference`` and ``personal``, over shuffled local examples.
+    """Local SGD (McMahan et al. 2017, ClientUpdate) over shuffled local examples, from where ``session`` stands.
 
     Raises :class:`DivergedError`, :class:`UnfitError` (too few examples, too much work), :class:`ExampleError`
     (examples that are not the artifact's), and whatever ``between_steps`` raises.
     """
-    session.reset(seed=int(order.integers(1 << 63)))
-    session.set({**reference, **personal})
     training = run_epochs(
         session,
         examples,

@@ -28,7 +28,7 @@ from evensong.client.errors import (
     printable,
 )
 from evensong.client.evaluate import evaluate
-from evensong.client.model import Material, obtain, open_session, personal_tensors, store_personal
+from evensong.client.model import Material, obtain, open_session, open_training_session, store_personal
 from evensong.client.outcomes import Aborted, Dropped, Evaluated, Outcome, Postponed, Trained
 from evensong.client.pacing import draw_wait
 from evensong.client.seal import seal
@@ -119,13 +119,12 @@ async def _train_and_seal(context: Context, work: Work, assignment: device_pb2.A
     stop = threading.Event()
 
     def run() -> LocalUpdate:
-        session = open_session(context, material, to_train=True)
+        session = open_training_session(context, material, int(order.integers(1 << 63)))
         try:
             return train(
                 session,
                 plan.local,
                 reference=material.reference,
-                personal=personal_tensors(context, material),
                 examples=context.examples,
                 learning_rate=learning_rate_of(plan.local, assignment.round, plan.round.rounds),
                 order=order,
