@@ -1,4 +1,4 @@
-"""ATen calls with weights or windows: linear, convolution, pooling, normalisation, embedding, dropout."""
+"""ATen calls with weights: linear, convolution, normalisation, embedding; and dropout."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from evensong.mobile_runtime.compiler.builder import Builder, require
+from evensong.mobile_runtime.compiler.aten_windows import mean, sum_dim
+from evensong.mobile_runtime.compiler.builder import NHWC, Builder, Sizes, as_image, as_picture, pair, require, single
 from evensong.mobile_runtime.compiler.ir import Value, constant
-from evensong.mobile_runtime.compiler.layout import View, last, reshaped, squeezed
+from evensong.mobile_runtime.compiler.layout import View, last, reshaped
 from evensong.wire.program import Activation, DType, Region
-
-_NHWC = (0, 2, 3, 1)
-_Sizes = Sequence[int] | int
 
 # ------------------------------------------------------------------------------------------------- linear, convolution
 
@@ -48,18 +46,18 @@ def conv2d(
     x: View,
     weight: View,
     bias: View | None = None,
-    stride: _Sizes = 1,
-    padding: _Sizes | str = 0,
-    dilation: _Sizes = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
 ) -> View:
     """``torch.nn.functional.conv2d``: x [N, C, H, W], weight [O, C / groups, KH, KW]."""
     require(len(x.shape) == 4, "a convolution without a batch axis", expected="4 axes", got=len(x.shape))
     require(not weight.value.batched, "a convolution whose weight is computed from the examples")
-    (stride_h, stride_w), (dilation_h, dilation_w) = _pair(stride), _pair(dilation)
+    (stride_h, stride_w), (dilation_h, dilation_w) = pair(stride), pair(dilation)
     kernel = weight.shape[2:]
     pad_top, pad_left = _padding(padding, kernel, (dilation_h, dilation_w))
-    operands = [b.arrange(x, _NHWC), b.arrange(weight, _NHWC)]
+    operands = [b.arrange(x, NHWC), b.arrange(weight, NHWC)]
     if bias is not None:
         operands.append(b.arrange(bias, (0,)))
     _, channels, height, width = b.shape
@@ -76,7 +74,7 @@ def conv2d(
         groups=groups,
         activation=Activation.NONE,
     )
-    return View(result, b.shape, _NHWC)
+    return View(result, b.shape, NHWC)
 
 
 def conv1d(
@@ -84,162 +82,16 @@ def conv1d(
     x: View,
     weight: View,
     bias: View | None = None,
-    stride: _Sizes = 1,
-    padding: _Sizes | str = 0,
-    dilation: _Sizes = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
 ) -> View:
     """``torch.nn.functional.conv1d``: x [N, C, L], weight [O, C / groups, K]; run as an image of height 1."""
     require(len(x.shape) == 3, "a convolution without a batch axis", expected="3 axes", got=len(x.shape))
-    line = padding if isinstance(padding, str) else (0, _single(padding))
-    steps, gaps = (1, _single(stride)), (1, _single(dilation))
-    return _as_image(b, x, lambda image: conv2d(b, image, _image(b, weight), bias, steps, line, gaps, groups))
-
-
-# ------------------------------------------------------------------------------------------------------------- pooling
-
-
-def max_pool2d(
-    b: Builder,
-    x: View,
-    kernel: _Sizes,
-    stride: _Sizes | None = None,
-    padding: _Sizes = 0,
-    dilation: _Sizes = 1,
-    ceil_mode: bool = False,
-) -> View:
-    """``torch.nn.functional.max_pool2d``: x [N, C, H, W]."""
-    require(_pair(dilation) == (1, 1), "max pooling with dilation")
-    return _pool(b, "MAX_POOL2D", x, _pair(kernel), _pair(stride or kernel), _pair(padding))
-
-
-def max_pool1d(
-    b: Builder,
-    x: View,
-    kernel: _Sizes,
-    stride: _Sizes | None = None,
-    padding: _Sizes = 0,
-    dilation: _Sizes = 1,
-    ceil_mode: bool = False,
-) -> View:
-    """``torch.nn.functional.max_pool1d``: x [N, C, L]."""
-    size, step, pad = (1, _single(kernel)), (1, _single(stride or kernel)), (0, _single(padding))
-    return _as_image(b, x, lambda image: max_pool2d(b, image, size, step, pad, dilation, ceil_mode))
-
-
-def avg_pool2d(
-    b: Builder,
-    x: View,
-    kernel: _Sizes,
-    stride: _Sizes | None = None,
-    padding: _Sizes = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> View:
-    """``torch.nn.functional.avg_pool2d``: x [N, C, H, W]."""
-    require(not ceil_mode and divisor_override is None, "average pooling with ceil_mode or divisor_override")
-    include = int(count_include_pad and _pair(padding) != (0, 0))
-    return _pool(b, "AVG_POOL2D", x, _pair(kernel), _pair(stride or kernel), _pair(padding), count_include_pad=include)
-
-
-def avg_pool1d(
-    b: Builder,
-    x: View,
-    kernel: _Sizes,
-    stride: _Sizes | None = None,
-    padding: _Sizes = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> View:
-    """``torch.nn.functional.avg_pool1d``: x [N, C, L]."""
-    size, step, pad = (1, _single(kernel)), (1, _single(stride or kernel)), (0, _single(padding))
-    return _as_image(b, x, lambda image: avg_pool2d(b, image, size, step, pad, ceil_mode, count_include_pad))
-
-
-def adaptive_avg_pool2d(b: Builder, x: View, size: Sequence[int]) -> View:
-    """``adaptive_avg_pool2d`` where every window has the same size."""
-    kernel = _even_window(x, b.shape)
-    return _pool(b, "AVG_POOL2D", x, kernel, kernel, (0, 0), count_include_pad=0)
-
-
-def adaptive_avg_pool1d(b: Builder, x: View, size: Sequence[int]) -> View:
-    """``adaptive_avg_pool1d`` where every window has the same size."""
-    return _as_image(b, x, lambda image: adaptive_avg_pool2d(b, image, size))
-
-
-def adaptive_max_pool2d(b: Builder, x: View, size: Sequence[int]) -> list[View | None]:
-    """``adaptive_max_pool2d`` where every window has the same size; its indices are not available."""
-    b.shape = (*x.shape[:2], *_pair(size))
-    kernel = _even_window(x, b.shape)
-    return [_pool(b, "MAX_POOL2D", x, kernel, kernel, (0, 0)), None]
-
-
-def adaptive_max_pool1d(b: Builder, x: View, size: Sequence[int]) -> list[View | None]:
-    """``adaptive_max_pool1d`` where every window has the same size; its indices are not available."""
-    b.shape = (*x.shape[:2], _single(size))
-    return [_as_image(b, x, lambda image: adaptive_max_pool2d(b, image, (1, _single(size)))[0]), None]
-
-
-def amax(b: Builder, x: View, dim: Sequence[int] | int = (), keepdim: bool = False) -> View:
-    """Maximum over axes that lie side by side, as one max pooling. Ties: the first maximum takes the whole gradient."""
-    operand, kept, order, (outer, size, inner) = reduction(b, x, dim, keepdim)
-    image = operand.reshaped((outer, size, 1, inner))
-    result = b.emit("MAX_POOL2D", [image], (outer, 1, 1, inner), **_window((size, 1), (size, 1), (0, 0)))
-    return View(result.reshaped(kept), b.shape, order)
-
-
-def max_dim(b: Builder, x: View, dim: int, keepdim: bool = False) -> list[View | None]:
-    """``x.max(dim)``: values only."""
-    axis = x.axis(dim)
-    kept = [1 if a == axis else size for a, size in enumerate(x.shape)]
-    b.shape = tuple(kept) if keepdim else tuple(size for a, size in enumerate(kept) if a != axis)
-    return [amax(b, x, [dim], keepdim), None]
-
-
-def mean(b: Builder, x: View, dim: Sequence[int] | int | None = None, keepdim: bool = False, dtype: Any = None) -> View:
-    """Mean over axes that lie side by side."""
-    require(dim is not None, "a mean over everything", fix="Name the axes: x.mean(dim=(1, 2)).")
-    operand, kept, order, (_, size, inner) = reduction(b, x, dim if dim is not None else (), keepdim)
-    result = b.emit("REDUCE_MEAN", [operand], kept, axis_size=size, inner_size=inner)
-    return View(result, b.shape, order)
-
-
-def sum_dim(
-    b: Builder, x: View, dim: Sequence[int] | int | None = None, keepdim: bool = False, dtype: Any = None
-) -> View:
-    """Sum over axes, as the mean times their size."""
-    require(dim is not None, "a sum over everything", fix="Name the axes: x.sum(dim=(1, 2)).")
-    average = mean(b, x, dim, keepdim)
-    size = x.value.elements // average.value.elements
-    return View(
-        b.emit("SCALE", [average.value], average.value.dims, alpha=float(size), beta=0.0), b.shape, average.order
-    )
-
-
-def reduction(
-    b: Builder, x: View, dim: Sequence[int] | int, keepdim: bool
-) -> tuple[Value, tuple[int, ...], tuple[int, ...], tuple[int, int, int]]:
-    """Prepares a reduction: operand, dimensions and order of the result, and the sizes (outer, reduced, inner)."""
-    axes = [dim] if isinstance(dim, int) else list(dim)
-    axes = [b.example_axis(x, axis, "a reduction") for axis in axes or range(1, len(x.shape))]
-    order = [a for a in x.order if a not in axes or x.shape[a] == 1]
-    reduced = [a for a in x.order if a in axes and x.shape[a] != 1]
-    at = min((x.order.index(a) for a in reduced), default=len(order))
-    before = [a for a in x.order[:at] if a in order]
-    after = [a for a in order if a not in before]
-    operand = b.arrange(x, [*before, *reduced, *after])
-    sizes = x.dims([*before, *reduced, *after])
-    outer = int(np.prod(sizes[: len(before)]))
-    size = int(np.prod(sizes[len(before) : len(before) + len(reduced)]))
-    inner = int(np.prod(sizes[len(before) + len(reduced) :]))
-    if keepdim:
-        kept = (*before, *reduced, *after)
-    else:
-        survivors = [a for a in range(len(x.shape)) if a not in axes]
-        kept = tuple(survivors.index(a) for a in (*before, *after) if a not in axes)
-    dims = View(x.value, b.shape, kept).dims(kept)
-    return operand, dims, kept, (outer, size, inner)
+    line = padding if isinstance(padding, str) else (0, single(padding))
+    steps, gaps = (1, single(stride)), (1, single(dilation))
+    return as_image(b, x, lambda picture: conv2d(b, picture, as_picture(b, weight), bias, steps, line, gaps, groups))
 
 
 # ----------------------------------------------------------------------------------- normalisation, dropout, embedding
@@ -363,63 +215,14 @@ def embedding_bag(
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _pool(
-    b: Builder,
-    op: str,
-    x: View,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    **attrs: int,
-) -> View:
-    require(len(x.shape) == 4, "pooling without a batch axis", expected="a batch of images or signals")
-    operand = b.arrange(x, _NHWC)
-    _, channels, height, width = b.shape
-    result = b.emit(
-        op, [operand], (operand.dims[0], height, width, channels), **_window(kernel, stride, padding), **attrs
-    )
-    return View(result, b.shape, _NHWC)
-
-
-def _window(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> dict[str, int]:
-    names = ("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left")
-    return dict(zip(names, (*kernel, *stride, *padding), strict=True))
-
-
-def _as_image(b: Builder, x: View, layer: Any) -> View:
-    """Runs a 2-D layer on a signal [N, C, L] seen as an image [N, C, 1, L]."""
-    require(len(x.shape) == 3, "a signal without a batch axis", expected="3 axes", got=len(x.shape))
-    shape = b.shape
-    b.shape = (shape[0], shape[1], 1, shape[2])
-    result = squeezed(layer(_image(b, x)), [2])
-    b.shape = shape
-    return result
-
-
-def _image(b: Builder, signal: View) -> View:
-    first, second, length = signal.shape
-    return reshaped(b.graph, signal, (first, second, 1, length), b.place)
-
-
-def _even_window(x: View, result: tuple[int, ...]) -> tuple[int, int]:
-    sizes, targets = x.shape[2:], result[2:]
-    require(
-        all(size % target == 0 for size, target in zip(sizes, targets, strict=True)),
-        "adaptive pooling with windows of different sizes",
-        expected=f"an output size that divides {tuple(sizes)}",
-        got=tuple(targets),
-    )
-    return sizes[0] // targets[0], sizes[1] // targets[1]
-
-
-def _padding(padding: _Sizes | str, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:
+def _padding(padding: Sizes | str, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:
     if padding == "valid":
         return (0, 0)
     if padding == "same":  # torch pads the odd element at the end
         top, left = (gap * (size - 1) // 2 for gap, size in zip(dilation, kernel, strict=True))
         return top, left
     require(not isinstance(padding, str), f"padding {padding!r}")
-    return _pair(padding) if not isinstance(padding, str) else (0, 0)
+    return pair(padding) if not isinstance(padding, str) else (0, 0)
 
 
 def _row(b: Builder, view: View, size: int) -> Value:
@@ -428,16 +231,6 @@ def _row(b: Builder, view: View, size: int) -> Value:
 
 def _check_ids(ids: View) -> None:
     require(ids.value.dtype == DType.I32, "an embedding whose ids are not integers")
-
-
-def _pair(sizes: _Sizes) -> tuple[int, int]:
-    if isinstance(sizes, int):
-        return sizes, sizes
-    return (sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
-
-
-def _single(sizes: _Sizes) -> int:
-    return sizes if isinstance(sizes, int) else sizes[0]
 
 
 TABLE: dict[str, Callable[..., Any]] = {
@@ -449,18 +242,6 @@ TABLE: dict[str, Callable[..., Any]] = {
     "aten.conv1d.padding": conv1d,
     "aten.conv2d.default": conv2d,
     "aten.conv2d.padding": conv2d,
-    "aten.max_pool1d.default": max_pool1d,
-    "aten.max_pool2d.default": max_pool2d,
-    "aten.avg_pool1d.default": avg_pool1d,
-    "aten.avg_pool2d.default": avg_pool2d,
-    "aten.adaptive_avg_pool1d.default": adaptive_avg_pool1d,
-    "aten.adaptive_avg_pool2d.default": adaptive_avg_pool2d,
-    "aten.adaptive_max_pool1d.default": adaptive_max_pool1d,
-    "aten.adaptive_max_pool2d.default": adaptive_max_pool2d,
-    "aten.amax.default": amax,
-    "aten.max.dim": max_dim,
-    "aten.mean.dim": mean,
-    "aten.sum.dim_IntList": sum_dim,
     "aten.batch_norm.default": batch_norm,
     "aten.layer_norm.default": layer_norm,
     "aten.dropout.default": dropout,

@@ -15,7 +15,7 @@ def differentiate(graph: Graph, gradient_of_output: Mapping[Value, Value], train
     ``gradient_of_output`` maps a value to its known gradient (what a loss operation wrote); ``trainable`` holds root
     values. Returns the gradient of each trainable value that has one.
     """
-    backward = Backward(graph, _depends_on(graph, trainable))
+    backward = Backward(graph, graph.reached(trainable))
     for value, gradient in gradient_of_output.items():
         backward.accumulate(value, gradient)
     for node in reversed(list(graph.nodes)):
@@ -68,14 +68,6 @@ class Backward:
         result = self.fresh(like)
         self.graph.add(op, inputs, [result], self.place, **attrs)
         return result
-
-
-def _depends_on(graph: Graph, trainable: set[Value]) -> set[Value]:
-    wanted = set(trainable)
-    for node in graph.nodes:
-        if any(value.root in wanted for value in node.inputs):
-            wanted |= {value.root for value in node.outputs}
-    return wanted
 
 
 # --------------------------------------------------------------------------------------------------------------- rules

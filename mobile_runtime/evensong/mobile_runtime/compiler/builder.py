@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from evensong.mobile_runtime.compiler.ir import Graph, Value
-from evensong.mobile_runtime.compiler.layout import MixesExamplesError, View, arrange
+from evensong.mobile_runtime.compiler.layout import MixesExamplesError, View, arrange, reshaped, squeezed
 from evensong.mobile_runtime.compiler.weights import Weights
 from evensong.mobile_runtime.errors import UnsupportedOperation
+
+NHWC = (0, 2, 3, 1)  #: the engine's order of the author's axes [N, C, H, W]
+Sizes = Sequence[int] | int
 
 
 @dataclass
@@ -52,3 +55,31 @@ def require(holds: bool, what: str, *, expected: object = None, got: object = No
     """Raises :class:`UnsupportedOperation` unless ``holds``."""
     if not holds:
         raise UnsupportedOperation(what, expected=expected, got=got, fix=fix)
+
+
+def as_image(b: Builder, x: View, layer: Callable[[View], View]) -> View:
+    """Runs a 2-D layer on a signal [N, C, L] seen as an image [N, C, 1, L]."""
+    require(len(x.shape) == 3, "a signal without a batch axis", expected="3 axes", got=len(x.shape))
+    shape = b.shape
+    b.shape = (shape[0], shape[1], 1, shape[2])
+    result = squeezed(layer(as_picture(b, x)), [2])
+    b.shape = shape
+    return result
+
+
+def as_picture(b: Builder, signal: View) -> View:
+    """A signal, or the weight of one, [A, B, L] as [A, B, 1, L]."""
+    first, second, length = signal.shape
+    return reshaped(b.graph, signal, (first, second, 1, length), b.place)
+
+
+def pair(sizes: Sizes) -> tuple[int, int]:
+    """Height and width of a size that torch may give as one number."""
+    if isinstance(sizes, int):
+        return sizes, sizes
+    return (sizes[0], sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def single(sizes: Sizes) -> int:
+    """The one number of a size along a signal."""
+    return sizes if isinstance(sizes, int) else sizes[0]

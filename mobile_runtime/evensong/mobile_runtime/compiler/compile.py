@@ -148,7 +148,7 @@ def _train(traced: Trace, weights: Weights, calibrator: Calibrator | None, loss:
     forward = lower(traced, weights, "train")
     graph = forward.graph
     trainable = {weights.view(name).value for name in weights.trainable}
-    behind = _reached(graph, trainable)
+    behind = graph.reached(trainable)
     _finish(forward, weights, calibrator, lambda value: value.root in behind)
     seeds = add_loss(graph, forward.output, loss, gradient=True)
     gradients = differentiate(graph, seeds, trainable)
@@ -196,15 +196,6 @@ def _finish(
 
 def _input_ports(traced: Trace, weights: Weights) -> list[Value]:
     return list(lower(traced, weights, "predict").graph.inputs.values())
-
-
-def _reached(graph: Graph, trainable: set[Value]) -> set[Value]:
-    """Root values that depend on something trainable."""
-    reached = set(trainable)
-    for node in graph.nodes:
-        if any(value.root in reached for value in node.inputs):
-            reached |= {value.root for value in node.outputs}
-    return reached
 
 
 def _describe(port: str, value: Value) -> dict[str, object]:

@@ -8,7 +8,7 @@ the batch size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +49,14 @@ class Value:
     def elements(self) -> int:
         """Elements of one example if batched, else of the whole."""
         return math.prod(self.dims)
+
+    @property
+    def content(self) -> Data:
+        """``data`` of the root in this value's shape; only persistent values have it."""
+        data = self.root.data
+        if data is None:
+            raise AssertionError(f"{self.name} has no content")
+        return data.reshape(self.dims)
 
     def reshaped(self, dims: tuple[int, ...]) -> Value:
         """The same bytes under other dimensions (of one example, if batched)."""
@@ -114,15 +122,13 @@ class Graph:
         """For each root value that a node writes, that node."""
         return {value.root: node for node in self.nodes for value in node.outputs}
 
-    def values(self) -> Iterator[Value]:
-        """Every operand and port once, in a fixed order."""
-        seen: set[int] = set()
-        ports = [*self.inputs.values(), *self.outputs.values()]
-        operands = (value for node in self.nodes for value in (*node.inputs, *node.outputs))
-        for value in (*ports, *operands):
-            if id(value) not in seen:
-                seen.add(id(value))
-                yield value
+    def reached(self, sources: Iterable[Value]) -> set[Value]:
+        """The root values of ``sources`` and all that is computed from them."""
+        found = {value.root for value in sources}
+        for node in self.nodes:
+            if any(value.root in found for value in node.inputs):
+                found |= {value.root for value in node.outputs}
+        return found
 
     def replace(self, old: Value, new: Value) -> None:
         """Every reader of ``old``'s bytes reads ``new``'s instead, each under the shape it had."""

@@ -77,7 +77,7 @@ def arrange(graph: Graph, view: View, order: Sequence[int], place: str) -> Value
         return view.value.reshaped(dims)
     source = view.value.reshaped(view.dims(view.order))
     if source.region == Region.CONST:
-        data = _content(source).transpose([view.order.index(axis) for axis in order])
+        data = source.content.transpose([view.order.index(axis) for axis in order])
         return constant(np.ascontiguousarray(data), view.value.name)
     kept = [axis for j, axis in enumerate(view.order) if view.shape[axis] != 1 or j == 0]
     moved = [axis for axis in order if axis in kept]
@@ -130,13 +130,6 @@ def reshaped(graph: Graph, view: View, shape: Sequence[int], place: str) -> View
 
 def _significant(view: View, order: Sequence[int]) -> list[int]:
     return [axis for j, axis in enumerate(order) if view.shape[axis] != 1 or (j == 0 and view.value.batched)]
-
-
-def _content(value: Value) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    data = value.root.data
-    if data is None:
-        raise AssertionError("a constant without content")
-    return data.reshape(value.dims)
 
 
 def _regrouped(view: View, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from evensong.mobile_runtime.compiler import aten_layers, aten_pointwise, aten_shapes
+from evensong.mobile_runtime.compiler import aten_layers, aten_pointwise, aten_shapes, aten_windows
 from evensong.mobile_runtime.compiler.builder import Builder
 from evensong.mobile_runtime.compiler.export import Trace, module_path, source_line
 from evensong.mobile_runtime.compiler.ir import Graph, Value, constant
@@ -20,7 +20,7 @@ from evensong.wire.program import DType, Region
 Lowering = Callable[..., Any]
 
 #: How each ATen call becomes engine operations. The arguments are those of the ATen schema, with views for tensors.
-TABLE: Mapping[str, Lowering] = {**aten_layers.TABLE, **aten_pointwise.TABLE, **aten_shapes.TABLE}
+TABLE: Mapping[str, Lowering] = {**aten_layers.TABLE, **aten_windows.TABLE, **aten_pointwise.TABLE, **aten_shapes.TABLE}
 
 _INPUT_DTYPES = {torch.float32: DType.F32, torch.int64: DType.I32, torch.int32: DType.I32}
 

@@ -35,10 +35,10 @@ def fold_frozen_batch_norm(graph: Graph) -> None:
             continue
         if layer.attrs["activation"] != Activation.NONE or any(v.region != Region.CONST for v in layer.inputs[1:]):
             continue
-        gamma, beta, mean, var = (_content(value).astype(np.float64) for value in statistics)
+        gamma, beta, mean, var = (value.content.astype(np.float64) for value in statistics)
         factor = gamma / np.sqrt(var + node.attrs["eps"])
-        weight = _content(layer.inputs[1]).astype(np.float64)
-        bias = _content(layer.inputs[2]).astype(np.float64) if len(layer.inputs) > 2 else 0.0
+        weight = layer.inputs[1].content.astype(np.float64)
+        bias = layer.inputs[2].content.astype(np.float64) if len(layer.inputs) > 2 else 0.0
         scaled = weight * factor.reshape((-1,) + (1,) * (weight.ndim - 1))
         layer.inputs[1:] = [
             constant(scaled.astype(np.float32), layer.inputs[1].name),
@@ -58,7 +58,7 @@ def fold_transposes(graph: Graph) -> None:
             continue
         perm = [int(axis) for axis in node.attrs.values() if axis >= 0]
         for reader in readers:
-            weight = _content(reader.inputs[1])
+            weight = reader.inputs[1].content
             spatial = weight.reshape(weight.shape[0], *result.dims[1:])
             moved = spatial.transpose(0, *(perm.index(axis) for axis in range(1, len(perm))))
             reader.inputs[0] = source.reshaped((rows, features))
@@ -117,10 +117,3 @@ def _takes_flat(reader: Node, result: Value, rows: int, features: int) -> bool:
         and reader.inputs[0].dims == (rows, features)
         and reader.inputs[1].region == Region.CONST
     )
-
-
-def _content(value: Value) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    data = value.root.data
-    if data is None:
-        raise AssertionError("a constant without content")
-    return data.reshape(value.dims)

@@ -119,13 +119,17 @@ def _conv2d(q: Quantizer, node: Node) -> bool:
     return _weighted(q, node, "QCONV2D", {name: value for name, value in node.attrs.items() if name != "activation"})
 
 
+def _is_quantised_layer(node: Node) -> bool:
+    return node.op in ("LINEAR", "CONV2D") and all(value.root.region == Region.CONST for value in node.inputs[1:])
+
+
 def _weighted(q: Quantizer, node: Node, op: str, attrs: dict[str, int | float]) -> bool:
-    if any(value.root.region != Region.CONST for value in node.inputs[1:]):
+    if not _is_quantised_layer(node):
         return False
     x = q.int8_of(node.inputs[0])
     y = q.define(node.outputs[0])
-    weight = _content(node.inputs[1])
-    bias = _content(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(len(weight))
+    weight = node.inputs[1].content.astype(np.float64)
+    bias = node.inputs[2].content.astype(np.float64) if len(node.inputs) > 2 else np.zeros(len(weight))
     stored, offset, multiplier = quantize_weights(weight, bias, x, y)
     name = node.inputs[1].name
     operands = [x, constant(stored, name), constant(offset, f"{name} bias"), constant(multiplier, f"{name} scale")]
@@ -207,8 +211,9 @@ def _table(q: Quantizer, node: Node) -> bool:
 
 
 def _move(q: Quantizer, node: Node) -> bool:
-    if not q.has_int8(node.inputs[0]):
-        return False
+    readers = q.readers.get(node.outputs[0].root, [])
+    if not q.has_int8(node.inputs[0]) and not all(_is_quantised_layer(reader) for reader in readers):
+        return False  # else the input is quantised first: a quarter of the bytes move
     x = q.int8_of(node.inputs[0])
     q.graph.add(node.op, [x], [q.define(node.outputs[0], _same(x))], q.place, **node.attrs)
     return True
@@ -259,15 +264,8 @@ def _keep(q: Quantizer, node: Node) -> None:
 
 
 def _frozen_nodes(graph: Graph, trainable: set[Value]) -> list[Node]:
-    reached = set(trainable)
-    frozen = []
-    for node in graph.nodes:
-        operands = (*node.inputs, *node.outputs)
-        if any(value.root in reached or value.root.region == Region.STATE for value in operands):
-            reached |= {value.root for value in node.outputs}
-        else:
-            frozen.append(node)
-    return frozen
+    reached = graph.reached(trainable)
+    return [node for node in graph.nodes if all(value.root not in reached for value in (*node.inputs, *node.outputs))]
 
 
 def _drop_frozen_dropout(graph: Graph, frozen: list[Node]) -> None:
@@ -300,13 +298,6 @@ def _limits(y: Value, activation: Activation) -> tuple[int, int]:
 def _stored(reals: npt.NDArray[np.float64], y: Value) -> Value:
     table = np.clip(np.rint(reals / y.scale) + y.zero_point, -128, 127).astype(np.int8)
     return constant(table, "table")
-
-
-def _content(value: Value) -> npt.NDArray[np.float64]:
-    data = value.root.data
-    if data is None:
-        raise AssertionError("a constant without content")
-    return data.reshape(value.dims).astype(np.float64)
 
 
 def _same(value: Value) -> Quantization:
