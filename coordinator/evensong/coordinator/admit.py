@@ -13,7 +13,7 @@ from sqlalchemy import insert, select, update
 from evensong.coordinator import requests, tables
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
-from evensong.coordinator.errors import Refused
+from evensong.coordinator.errors import RefusalError
 from evensong.coordinator.plan import Plan
 from evensong.coordinator.requests import RequestKey
 from evensong.v1 import common_pb2, device_pb2
@@ -59,14 +59,14 @@ class Registry:
         return self._fleet
 
     def authenticate(self, context: Context, method: str, body: bytes, metadata: Metadata) -> DeviceIdentity:
-        """The device that signed this call, or :class:`Refused`."""
+        """The device that signed this call, or :class:`RefusalError`."""
         device_id = _claimed(metadata)
         device = self._known.get(device_id) or self._load(context, device_id)
         now = context.now()
         try:
             verify_request(metadata, method, body, device.public_key, now, context.settings.signature_tolerance_ms)
         except SignatureError as error:
-            raise Refused(common_pb2.REFUSAL_REASON_BAD_SIGNATURE, str(error)) from None
+            raise RefusalError(common_pb2.REFUSAL_REASON_BAD_SIGNATURE, str(error)) from None
         with self._lock:
             if device_id not in self._known:
                 self._known[device_id] = device
@@ -104,7 +104,7 @@ class Registry:
         with context.database.read() as tx:
             row = tx.execute(select(tables.devices).where(tables.devices.c.device_id == device_id)).one_or_none()
         if row is None or row.revoked:
-            raise Refused(
+            raise RefusalError(
                 common_pb2.REFUSAL_REASON_UNKNOWN_DEVICE,
                 "the device is revoked" if row is not None else "the device is not enrolled",
                 got=device_id[:64],
@@ -113,7 +113,7 @@ class Registry:
         return DeviceIdentity(row.device_id, row.public_key, row.population)
 
 
-# -------------------------------------------------------------------------------------------------------------- enrolment
+# ---------------------------------------------------------------------------------------------------------- enrolment
 
 
 def enrol(
@@ -132,7 +132,7 @@ def enrol(
             select(tables.devices.c.revoked).where(tables.devices.c.device_id == device_id)
         ).one_or_none()
         if known is not None and known.revoked:
-            raise Refused(common_pb2.REFUSAL_REASON_UNKNOWN_DEVICE, "this key was revoked", fix="Enrol with a new key.")
+            raise RefusalError(common_pb2.REFUSAL_REASON_UNKNOWN_DEVICE, "this key was revoked", fix="Use a new key.")
         if known is None:
             tx.execute(
                 insert(tables.devices).values(
@@ -158,24 +158,24 @@ def _check_own_signature(context: Context, method: str, public_key: bytes, body:
     try:
         Ed25519PublicKey.from_public_bytes(public_key)
     except (ValueError, UnsupportedAlgorithm):
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_REQUEST, "public_key is not Ed25519", expected="32 bytes"
         ) from None
     device_id = device_id_of(public_key)
     if _claimed(metadata) != device_id:
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_BAD_SIGNATURE, "the signature is not by the key that enrols", expected=device_id
         )
     try:
         verify_request(metadata, method, body, public_key, context.now(), context.settings.signature_tolerance_ms)
     except SignatureError as error:
-        raise Refused(common_pb2.REFUSAL_REASON_BAD_SIGNATURE, str(error)) from None
+        raise RefusalError(common_pb2.REFUSAL_REASON_BAD_SIGNATURE, str(error)) from None
     return device_id
 
 
 def _use_token(context: Context, tx: Transaction, request: device_pb2.EnrolRequest, now: int) -> str:
     """Takes one use off the token; its population. Why it failed is not told apart, so that nothing can be guessed."""
-    refusal = Refused(
+    refusal = RefusalError(
         common_pb2.REFUSAL_REASON_BAD_TOKEN,
         "the enrolment token is wrong, used up, expired or of another population",
         fix="Ask the operator for a new one.",
@@ -204,17 +204,17 @@ def _claimed(metadata: Metadata) -> str:
     try:
         return parse_caller(metadata).device_id
     except SignatureError as error:
-        raise Refused(common_pb2.REFUSAL_REASON_BAD_SIGNATURE, str(error)) from None
+        raise RefusalError(common_pb2.REFUSAL_REASON_BAD_SIGNATURE, str(error)) from None
 
 
-# ------------------------------------------------------------------------------------------------------------ eligibility
+# -------------------------------------------------------------------------------------------------------- eligibility
 
 
 def check_runtime(context: Context, request: device_pb2.CheckInRequest) -> None:
     """Refuses runtimes that this coordinator does not serve any more."""
     least = context.settings.minimum_runtime_version
     if _version(request.runtime_version) < _version(least):
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_INELIGIBLE,
             "the device's runtime is too old",
             expected=f"{least} or newer",
@@ -238,7 +238,7 @@ def unfit(plan: Plan, work: device_pb2.Work, request: device_pb2.CheckInRequest)
 def _version(text: str) -> tuple[int, int, int]:
     parts = text.split(".")
     if len(parts) != 3 or not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_REQUEST,
             "runtime_version is malformed",
             expected="major.minor.patch",
@@ -247,7 +247,7 @@ def _version(text: str) -> tuple[int, int, int]:
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-# ----------------------------------------------------------------------------------------------------------------- pacing
+# ------------------------------------------------------------------------------------------------------------- pacing
 
 
 class Pacing:
@@ -271,7 +271,7 @@ class Pacing:
             earliest_ms=settings.retry_earliest_ms, latest_ms=settings.retry_latest_ms + self.spread_ms()
         )
 
-    def after(self, refused: Refused) -> common_pb2.RetryWindow:
+    def after(self, refused: RefusalError) -> common_pb2.RetryWindow:
         """By the reason: at once where the device can go on, later where nothing changes soon."""
         if refused.retry is not None:
             return common_pb2.RetryWindow(earliest_ms=refused.retry[0], latest_ms=refused.retry[1])

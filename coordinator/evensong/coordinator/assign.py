@@ -10,7 +10,7 @@ from evensong.coordinator import requests, tables
 from evensong.coordinator.admit import Call, Pacing, unfit
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
-from evensong.coordinator.errors import Refused
+from evensong.coordinator.errors import RefusalError
 from evensong.coordinator.plan import Plan, parse_plan
 from evensong.coordinator.rounds import OPEN, LeaseState
 from evensong.v1 import common_pb2, device_pb2, operator_pb2, task_pb2
@@ -210,7 +210,7 @@ class Holder:
 def check_lease(
     context: Context, tx: Transaction, device_id: str, claimed: common_pb2.Lease, work: device_pb2.Work | None = None
 ) -> Holder:
-    """The lease that the device claims, if it holds; else :class:`Refused` tells why it does not.
+    """The lease that the device claims, if it holds; else :class:`RefusalError` tells why it does not.
 
     What ended the round comes before what ended the lease: it is what the device can learn something from.
     """
@@ -220,7 +220,7 @@ def check_lease(
         )
     ).one_or_none()
     if lease is None or lease.fencing_token != claimed.fencing_token:
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_LEASE_EXPIRED,
             "the device has no such lease" if lease is None else "the lease has another fencing token",
             expected=None if lease is None else lease.fencing_token,
@@ -234,24 +234,24 @@ def check_lease(
         .where(tables.rounds.c.round_id == lease.round_id)
     ).one()
     if work is not None and round.work != work:
-        raise Refused(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "the lease is for other work")
+        raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "the lease is for other work")
     _refuse_ended(context, lease, round)
     return Holder(lease, round, parse_plan(round.bundle))
 
 
 def _refuse_ended(context: Context, lease: Row[tuple[object, ...]], round: Row[tuple[object, ...]]) -> None:
     if lease.state == LeaseState.REPORTED:
-        raise Refused(common_pb2.REFUSAL_REASON_ALREADY_REPORTED, "the device already reported in this round")
+        raise RefusalError(common_pb2.REFUSAL_REASON_ALREADY_REPORTED, "the device already reported in this round")
     if round.state not in OPEN:
         reason, what = _WHY_CLOSED.get(
             round.closed_by, (common_pb2.REFUSAL_REASON_TOO_LATE, f"round {round.number} is over")
         )
-        raise Refused(reason, what)
+        raise RefusalError(reason, what)
     now = context.now()
     if round.deadline_ms is not None and now >= round.deadline_ms:
-        raise Refused(common_pb2.REFUSAL_REASON_TOO_LATE, f"the deadline of round {round.number} has passed")
+        raise RefusalError(common_pb2.REFUSAL_REASON_TOO_LATE, f"the deadline of round {round.number} has passed")
     if lease.state != LeaseState.ACTIVE or now >= lease.expires_ms:
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_LEASE_EXPIRED,
             f"the lease is {lease.state}" if lease.state != LeaseState.ACTIVE else "the lease has expired",
             expected=f"a time before {lease.expires_ms}",

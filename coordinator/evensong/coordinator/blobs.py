@@ -16,10 +16,11 @@ from evensong.coordinator.errors import StorageError
 
 
 class BlobStore:
-    """``url``: a folder, or ``s3://bucket/prefix``, ``memory://name`` and the like. ``staging``: a local folder for parts.
+    """``url``: a folder, or ``s3://bucket/prefix``, ``memory://name`` and the like. ``staging``: a local folder
+    for parts.
 
-    A blob is written under a temporary name and appears whole or not at all: by rename in a folder, by the one PUT of an object
-    store elsewhere. Blobs are never changed, so equal content is stored once.
+    A blob is written under a temporary name and appears whole or not at all: by rename in a folder, by the one PUT
+    of an object store elsewhere. Blobs are never changed, so equal content is stored once.
     """
 
     def __init__(self, url: str, staging: Path, *, durable: bool = True) -> None:

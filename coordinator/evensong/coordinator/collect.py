@@ -13,7 +13,7 @@ from evensong.coordinator.assign import Holder, check_lease
 from evensong.coordinator.commit import commit_evaluation
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
-from evensong.coordinator.errors import Refused
+from evensong.coordinator.errors import RefusalError
 from evensong.coordinator.plan import Plan
 from evensong.coordinator.rounds import LeaseState, Trigger
 from evensong.coordinator.spool import Admitted, SpooledUpload
@@ -26,7 +26,7 @@ from evensong.wire.errors import CorruptError, WireError
 MAX_EXAMPLES = 1 << 40
 
 
-# ------------------------------------------------------------------------------------------------------------------ begin
+# -------------------------------------------------------------------------------------------------------------- begin
 
 
 def begin_upload(
@@ -61,14 +61,14 @@ def begin_upload(
 
 def _check_announcement(plan: Plan, announced: common_pb2.BlobRef) -> None:
     if len(announced.sha256) != 32:
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_REQUEST,
             "update.sha256 is malformed",
             expected="32 bytes",
             got=f"{len(announced.sha256)} bytes",
         )
     if announced.size_bytes != plan.update_bytes:
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_UPDATE,
             "the update has the wrong length for its task",
             expected=f"{plan.update_bytes} bytes",
@@ -90,7 +90,7 @@ def _open_upload(context: Context, tx: Transaction, call: Call, holder: Holder, 
         tx.execute(delete(tables.uploads).where(tables.uploads.c.upload_id.in_(stale)))
         tx.after_commit(lambda: context.spool.discard(stale))
     if len(unfinished) - len(stale) >= context.settings.open_uploads_per_device:
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_QUOTA,
             "the device has too many open uploads",
             expected=f"at most {context.settings.open_uploads_per_device}",
@@ -122,7 +122,7 @@ def _admitted(holder: Holder) -> Admitted:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ chunk
+# -------------------------------------------------------------------------------------------------------------- chunk
 
 
 def upload_chunk(
@@ -135,7 +135,7 @@ def upload_chunk(
         try:
             data = check_chunk(request.chunk, file.received, admitted.size_bytes, context.settings.chunk_bytes)
         except CorruptError as error:
-            raise Refused(common_pb2.REFUSAL_REASON_BAD_CHUNK, str(error), received_bytes=file.received) from None
+            raise RefusalError(common_pb2.REFUSAL_REASON_BAD_CHUNK, str(error), received_bytes=file.received) from None
         if data != ALREADY_THERE:
             context.fault("chunk.before_write")
             file.append(data)
@@ -145,7 +145,8 @@ def upload_chunk(
 
 
 def _find_upload(context: Context, call: Call, upload_id: str, lease: common_pb2.Lease) -> Admitted:
-    """The upload, if the device still holds its lease: from memory, or from the database after a restart or a change."""
+    """The upload, if the device still holds its lease: from memory, or from the database after a restart or a
+    change."""
     admitted = context.spool.admitted(upload_id)
     if (
         admitted is not None
@@ -169,13 +170,13 @@ def _read_upload(tx: Transaction, upload_id: str, holder: Holder) -> Row[tuple[o
         )
     ).one_or_none()
     if row is None:
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_NOT_FOUND, "there is no such upload", got=upload_id[:40], fix="Begin it again."
         )
     return row
 
 
-# ----------------------------------------------------------------------------------------------------------------- commit
+# ------------------------------------------------------------------------------------------------------------- commit
 
 
 def commit_upload(
@@ -219,7 +220,7 @@ def check_weight(plan: task_pb2.UpdatePlan, weight: float) -> None:
     uniform = plan.weighting == task_pb2.WEIGHTING_UNIFORM
     if math.isfinite(weight) and (weight == 1.0 if uniform else 0.0 < weight <= plan.max_weight):
         return
-    raise Refused(
+    raise RefusalError(
         common_pb2.REFUSAL_REASON_INVALID_UPDATE,
         "the weight is out of bounds",
         expected="1" if uniform else f"above 0, at most {plan.max_weight:g}",
@@ -230,14 +231,14 @@ def check_weight(plan: task_pb2.UpdatePlan, weight: float) -> None:
 def check_metrics(metrics: common_pb2.Metrics) -> None:
     """Sums that can be sums over examples."""
     if not 0 < metrics.examples <= MAX_EXAMPLES or metrics.correct > metrics.examples:
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_UPDATE,
             "the counts of the metrics are out of bounds",
             expected=f"0 < examples <= {MAX_EXAMPLES}, correct <= examples",
             got=f"examples {metrics.examples}, correct {metrics.correct}",
         )
     if not math.isfinite(metrics.loss_sum):
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_UPDATE,
             "the loss is not finite",
             got=metrics.loss_sum,
@@ -247,7 +248,7 @@ def check_metrics(metrics: common_pb2.Metrics) -> None:
 
 def _check_update(file: SpooledUpload, row: Row[tuple[object, ...]], plan: Plan) -> None:
     if file.received != row.size_bytes:
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_BAD_CHUNK,
             "the upload is not complete",
             expected=f"{row.size_bytes} bytes",
@@ -257,12 +258,12 @@ def _check_update(file: SpooledUpload, row: Row[tuple[object, ...]], plan: Plan)
     if not hmac.compare_digest(file.sha256(), row.sha256):
         if file.resumed:
             file.restart()
-            raise Refused(
+            raise RefusalError(
                 common_pb2.REFUSAL_REASON_BAD_CHUNK,
                 "the coordinator lost a part of the upload when it restarted",
                 fix="Begin it again and send it from the start.",
             )
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_UPDATE,
             "the update is not the one that was announced",
             expected=f"SHA-256 {row.sha256}",
@@ -271,10 +272,10 @@ def _check_update(file: SpooledUpload, row: Row[tuple[object, ...]], plan: Plan)
     try:
         plan.codec.decode(file.read(), plan.layout)
     except WireError as error:
-        raise Refused(common_pb2.REFUSAL_REASON_INVALID_UPDATE, str(error)) from None
+        raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_UPDATE, str(error)) from None
 
 
-# ----------------------------------------------------------------------------------------------- reports and given-back work
+# ---------------------------------------------------------------------------------------- reports and given-back work
 
 
 def report(

@@ -1,7 +1,7 @@
 """Moves rounds when it is time: deadlines, leases that expire, server steps, and what a crash left half done.
 
-One loop for all tasks. It sleeps until the next moment that matters or until something changes, and asks the database what
-is due: after a restart there is nothing to restore.
+One loop for all tasks. It sleeps until the next moment that matters or until something changes, and asks the
+database what is due: after a restart there is nothing to restore.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Conductor:
             requests.forget_before(tx, now - self._context.settings.request_memory_ms)
         self._housekeeping_ms = now + HOUSEKEEPING_MS
 
-    # --------------------------------------------------------------------------------------------------- the server step
+    # ------------------------------------------------------------------------------------------------ the server step
 
     async def _step(self, round_id: int) -> None:
         context = self._context

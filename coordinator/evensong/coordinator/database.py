@@ -1,7 +1,8 @@
 """The database: one transaction at a time writes, readers never wait, and every failure is one typed error.
 
-SQLite runs in WAL mode with ``synchronous=FULL``: what was committed survives a power cut. Writers take turns on a lock of
-this process (another process is kept out by the data directory's lock), so a transaction never fails for being second.
+SQLite runs in WAL mode with ``synchronous=FULL``: what was committed survives a power cut. Writers take turns on a
+lock of this process (another process is kept out by the data directory's lock), so a transaction never fails for
+being second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The device service without its transport: authenticates, decodes, handles, encodes.
 
-gRPC and the simulator call the very same object with the very same bytes. It never raises on bad input: every answer carries a
-retry window, and a refusal says why nothing changed.
+gRPC and the simulator call the very same object with the very same bytes. It never raises on bad input: every
+answer carries a retry window, and a refusal says why nothing changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evensong.coordinator import admit, collect, tables
 from evensong.coordinator.admit import Call, Pacing, Registry
 from evensong.coordinator.assign import NoWork, assign, serving
 from evensong.coordinator.context import Context
-from evensong.coordinator.errors import Refused, StorageError
+from evensong.coordinator.errors import RefusalError, StorageError
 from evensong.coordinator.sums import Sums
 from evensong.coordinator.traffic import Traffic
 from evensong.v1 import common_pb2, device_pb2
@@ -79,7 +79,7 @@ class DeviceDispatcher:
             ABORT: partial(collect.abort, context, pacing),
         }
 
-    # ---------------------------------------------------------------------------------------------------------- one answer
+    # ----------------------------------------------------------------------------------------------------- one answer
 
     async def call(self, method: str, body: bytes, metadata: Metadata) -> bytes:
         """One request, one response. A check-in may be held until there is work."""
@@ -114,20 +114,20 @@ class DeviceDispatcher:
         started = time.perf_counter()
         try:
             if method not in _METHODS:
-                raise Refused(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "there is no such method", got=method[:100])
+                raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "there is no such method")
             return handle()
-        except Refused as refused:
+        except RefusalError as refused:
             error = refused
         except StorageError as storage:
             self._context.log.error("the storage failed", method=name, error=str(storage))
-            error = Refused(
+            error = RefusalError(
                 common_pb2.REFUSAL_REASON_UNAVAILABLE,
                 "the coordinator cannot store or read now",
                 fix="Try again later.",
             )
         except Exception:
             self._context.log.exception("a call failed", method=name)
-            error = Refused(
+            error = RefusalError(
                 common_pb2.REFUSAL_REASON_UNAVAILABLE, "the coordinator failed inside", fix="Try again later."
             )
         finally:
@@ -138,7 +138,7 @@ class DeviceDispatcher:
         self._context.log.debug("refused", method=name, reason=reason, message=str(error))
         return self._refusal(method, error)
 
-    def _refusal(self, method: str, refused: Refused) -> Message:
+    def _refusal(self, method: str, refused: RefusalError) -> Message:
         # A method that nobody knows has no answer of its own; all answers share the two fields that this one has.
         response_type: type[Any] = _METHODS[method][1] if method in _METHODS else device_pb2.AbortResponse
         response: Any = response_type(
@@ -154,13 +154,13 @@ class DeviceDispatcher:
         """The last refusal of a device is kept for operators, once it is certain that the device was the caller."""
         try:
             yield
-        except Refused as refused:
+        except RefusalError as refused:
             self._registry.note_refusal(call.device.device_id, refused.reason, str(refused))
             raise
 
     def _check_size(self, body: bytes) -> None:
         if len(body) > self._context.settings.max_message_bytes:
-            raise Refused(
+            raise RefusalError(
                 common_pb2.REFUSAL_REASON_INVALID_REQUEST,
                 "the message is too large",
                 expected=f"at most {self._context.settings.max_message_bytes} bytes",
@@ -171,14 +171,15 @@ class DeviceDispatcher:
         try:
             return _METHODS[method][0].FromString(body)
         except DecodeError:
-            raise Refused(
+            raise RefusalError(
                 common_pb2.REFUSAL_REASON_INVALID_REQUEST, f"the body is not a {_METHODS[method][0].DESCRIPTOR.name}"
             ) from None
 
-    # ------------------------------------------------------------------------------------------------------------ check-in
+    # ------------------------------------------------------------------------------------------------------- check-in
 
     async def _check_in(self, body: bytes, metadata: Metadata) -> bytes:
-        """Looks for work; without any, waits until a place is free, the device's patience ends, or the daemon drains."""
+        """Looks for work; without any, waits until a place is free, the device's patience ends, or the daemon
+        drains."""
         context = self._context
         changed = context.work.next()
         answer = await context.run_blocking(
@@ -207,9 +208,9 @@ class DeviceDispatcher:
         context = self._context
         with self._noted(call):
             if context.draining:
-                raise Refused(common_pb2.REFUSAL_REASON_UNAVAILABLE, "the coordinator is about to stop")
+                raise RefusalError(common_pb2.REFUSAL_REASON_UNAVAILABLE, "the coordinator is about to stop")
             if request.population not in ("", call.device.population):
-                raise Refused(
+                raise RefusalError(
                     common_pb2.REFUSAL_REASON_INVALID_REQUEST,
                     "the device is enrolled in another population",
                     expected=call.device.population,
@@ -237,7 +238,7 @@ class DeviceDispatcher:
         context, found = self._context, waited.found
         response = device_pb2.CheckInResponse(serving=serving(context, waited.call.device.population))
         if not found.fits:
-            refused = Refused(
+            refused = RefusalError(
                 common_pb2.REFUSAL_REASON_INELIGIBLE, "the device fits no task", got="; ".join(found.reasons)
             )
             response.refusal.reason, response.refusal.message = refused.reason, str(refused)
@@ -248,7 +249,7 @@ class DeviceDispatcher:
             response.retry.CopyFrom(self._pacing.soon() if waited.hold_ms else self._pacing.idle())
         return response
 
-    # ------------------------------------------------------------------------------------------------------------ download
+    # ------------------------------------------------------------------------------------------------------- download
 
     async def stream(self, method: str, body: bytes, metadata: Metadata) -> AsyncIterator[bytes]:
         """A blob of the device's population by chunks, the last one short; a refusal is one answer, and the last."""
@@ -267,15 +268,15 @@ class DeviceDispatcher:
 
     def _find_blob(self, method: str, body: bytes, metadata: Metadata) -> BlobRange:
         if method != DOWNLOAD:
-            raise Refused(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "this method does not stream", got=method[:100])
+            raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "this method does not stream")
         call, request = self._admit(method, body, metadata)
         with self._noted(call):
             sha256 = request.sha256.hex()
             size = self._context.blobs.size(sha256) if self._may_read(call.device.population, sha256) else None
             if size is None:
-                raise Refused(common_pb2.REFUSAL_REASON_NOT_FOUND, "there is no such blob", got=sha256[:64])
+                raise RefusalError(common_pb2.REFUSAL_REASON_NOT_FOUND, "there is no such blob", got=sha256[:64])
             if request.offset > size:
-                raise Refused(
+                raise RefusalError(
                     common_pb2.REFUSAL_REASON_INVALID_REQUEST,
                     "the offset lies behind the blob",
                     expected=f"at most {size}",

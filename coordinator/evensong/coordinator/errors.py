@@ -6,7 +6,7 @@ from evensong.v1 import common_pb2
 from evensong.wire.errors import EvensongError
 
 
-class Refused(EvensongError):
+class RefusalError(EvensongError):
     """A device's call that changes nothing: ``reason`` is one of ``REFUSAL_REASON_*``, the message is for a log.
 
     ``retry`` overrides the usual window of the reason, in milliseconds (earliest, latest).

@@ -1,6 +1,7 @@
 """Named places where a test may kill the process. A test aid: without ``EVENSONG_CRASH_AT`` each is an empty call.
 
-``EVENSONG_CRASH_AT=collect.after_fsync:3`` sends SIGKILL to the process itself when it comes to that place the third time.
+``EVENSONG_CRASH_AT=collect.after_fsync:3`` sends SIGKILL to the process itself when it comes to that place the
+third time.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """OperatorService on gRPC: the bearer token, the streams, and errors as status codes."""
 
+# ruff: noqa: N802 (gRPC's names)
+
 from __future__ import annotations
 
 import asyncio
@@ -13,7 +15,7 @@ import grpc
 import grpc.aio
 
 from evensong.coordinator.context import Context
-from evensong.coordinator.errors import OperatorError, Refused, StorageError
+from evensong.coordinator.errors import OperatorError, RefusalError, StorageError
 from evensong.coordinator.operators import Operators
 from evensong.v1 import common_pb2, operator_pb2, operator_pb2_grpc
 from evensong.wire.chunks import ALREADY_THERE, check_chunk, crc32c
@@ -31,40 +33,40 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._operators = operators
         self._token_hash = _digest(f"Bearer {token}")
 
-    # --------------------------------------------------------------------------------------------------------- unary calls
+    # ---------------------------------------------------------------------------------------------------- unary calls
 
-    async def SubmitTask(self, request: Any, call: ServicerContext) -> operator_pb2.SubmitTaskResponse:  # noqa: N802
+    async def SubmitTask(self, request: Any, call: ServicerContext) -> operator_pb2.SubmitTaskResponse:
         return await self._run(call, self._operators.submit_task, request)
 
-    async def ListTasks(self, request: Any, call: ServicerContext) -> operator_pb2.ListTasksResponse:  # noqa: N802
+    async def ListTasks(self, request: Any, call: ServicerContext) -> operator_pb2.ListTasksResponse:
         return await self._run(call, self._operators.list_tasks, request)
 
-    async def GetTask(self, request: Any, call: ServicerContext) -> operator_pb2.GetTaskResponse:  # noqa: N802
+    async def GetTask(self, request: Any, call: ServicerContext) -> operator_pb2.GetTaskResponse:
         return await self._run(call, self._operators.get_task, request)
 
-    async def StopTask(self, request: Any, call: ServicerContext) -> operator_pb2.StopTaskResponse:  # noqa: N802
+    async def StopTask(self, request: Any, call: ServicerContext) -> operator_pb2.StopTaskResponse:
         return await self._run(call, self._operators.stop_task, request)
 
-    async def ListVersions(self, request: Any, call: ServicerContext) -> operator_pb2.ListVersionsResponse:  # noqa: N802
+    async def ListVersions(self, request: Any, call: ServicerContext) -> operator_pb2.ListVersionsResponse:
         return await self._run(call, self._operators.list_versions, request)
 
-    async def PromoteVersion(self, request: Any, call: ServicerContext) -> operator_pb2.PromoteVersionResponse:  # noqa: N802
+    async def PromoteVersion(self, request: Any, call: ServicerContext) -> operator_pb2.PromoteVersionResponse:
         return await self._run(call, self._operators.promote_version, request)
 
-    async def CreateEnrolmentToken(  # noqa: N802
+    async def CreateEnrolmentToken(
         self, request: Any, call: ServicerContext
     ) -> operator_pb2.CreateEnrolmentTokenResponse:
         return await self._run(call, self._operators.create_enrolment_token, request)
 
-    async def ListDevices(self, request: Any, call: ServicerContext) -> operator_pb2.ListDevicesResponse:  # noqa: N802
+    async def ListDevices(self, request: Any, call: ServicerContext) -> operator_pb2.ListDevicesResponse:
         return await self._run(call, self._operators.list_devices, request)
 
-    async def RevokeDevice(self, request: Any, call: ServicerContext) -> operator_pb2.RevokeDeviceResponse:  # noqa: N802
+    async def RevokeDevice(self, request: Any, call: ServicerContext) -> operator_pb2.RevokeDeviceResponse:
         return await self._run(call, self._operators.revoke_device, request)
 
-    # ------------------------------------------------------------------------------------------------------------- streams
+    # -------------------------------------------------------------------------------------------------------- streams
 
-    async def UploadBlob(  # noqa: N802
+    async def UploadBlob(
         self, requests: AsyncIterator[operator_pb2.UploadBlobRequest], call: ServicerContext
     ) -> operator_pb2.UploadBlobResponse:
         """A blob by chunks in order; it is visible once the last one is durable."""
@@ -79,7 +81,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 blob = common_pb2.BlobRef(sha256=bytes.fromhex(sha256), size_bytes=writer.size)
         return operator_pb2.UploadBlobResponse(blob=blob)
 
-    async def DownloadBlob(  # noqa: N802
+    async def DownloadBlob(
         self, request: operator_pb2.DownloadBlobRequest, call: ServicerContext
     ) -> AsyncIterator[operator_pb2.DownloadBlobResponse]:
         run, blobs, part = self._context.run_blocking, self._context.blobs, self._context.settings.chunk_bytes
@@ -102,7 +104,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 if offset >= total:
                     return
 
-    async def WatchTask(  # noqa: N802
+    async def WatchTask(
         self, request: operator_pb2.WatchTaskRequest, call: ServicerContext
     ) -> AsyncIterator[operator_pb2.WatchTaskResponse]:
         """Past events, then live ones, until the task ends or the daemon drains."""
@@ -121,7 +123,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 if not found:
                     await asyncio.shield(changed)
 
-    # --------------------------------------------------------------------------------------------------- token and statuses
+    # --------------------------------------------------------------------------------------------- token and statuses
 
     async def _run(self, call: ServicerContext, function: Callable[[Any], Response], request: Any) -> Response:
         async with self._statuses(call):
@@ -135,7 +137,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             yield
         except OperatorError as error:
             await call.abort(grpc.StatusCode[error.code], str(error))
-        except Refused as error:
+        except RefusalError as error:
             await call.abort(_REFUSED.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), str(error))
         except StorageError as error:
             self._context.log.error("the storage failed", error=str(error))

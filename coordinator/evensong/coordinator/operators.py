@@ -1,4 +1,5 @@
-"""What operators and engineers may ask: tasks, versions, devices, blobs. Plain functions; :mod:`server` puts them behind gRPC."""
+"""What operators and engineers may ask: tasks, versions, devices, blobs. Plain functions; :mod:`server` puts them
+behind gRPC."""
 
 from __future__ import annotations
 
@@ -41,14 +42,15 @@ ENDED = (operator_pb2.TASK_STATE_COMPLETE, operator_pb2.TASK_STATE_STOPPED, oper
 
 
 class Operators:
-    """Every unary call of OperatorService as a blocking method: request in, response out, :class:`OperatorError` on refusal."""
+    """Every unary call of OperatorService as a blocking method: request in, response out, :class:`OperatorError`
+    on refusal."""
 
     def __init__(self, context: Context, registry: Registry, optimizers: Optimizers) -> None:
         self._context = context
         self._registry = registry
         self._optimizers = optimizers
 
-    # --------------------------------------------------------------------------------------------------------------- tasks
+    # ---------------------------------------------------------------------------------------------------------- tasks
 
     def submit_task(self, request: operator_pb2.SubmitTaskRequest) -> operator_pb2.SubmitTaskResponse:
         """Checks, signs and starts a task; version 0 is its initial parameters."""
@@ -179,7 +181,7 @@ class Operators:
             last = found[-1].sequence if found else after
             return found, task.state in ENDED and last >= task.last_sequence
 
-    # ------------------------------------------------------------------------------------------------------------ versions
+    # ------------------------------------------------------------------------------------------------------- versions
 
     def list_versions(self, request: operator_pb2.ListVersionsRequest) -> operator_pb2.ListVersionsResponse:
         with self._context.database.read() as tx:
@@ -226,12 +228,13 @@ class Operators:
                 abandon_round(context, tx, round, Trigger.PROMOTED, f"version {request.version} was promoted")
         return operator_pb2.PromoteVersionResponse()
 
-    # ------------------------------------------------------------------------------------------------------------- devices
+    # -------------------------------------------------------------------------------------------------------- devices
 
     def create_enrolment_token(
         self, request: operator_pb2.CreateEnrolmentTokenRequest
     ) -> operator_pb2.CreateEnrolmentTokenResponse:
-        """A token for ``uses`` devices. Only a hash of its secret is stored, so a repeated request makes a new token."""
+        """A token for ``uses`` devices. Only a hash of its secret is stored, so a repeated request makes a new
+        token."""
         if not 0 < len(request.population) <= MAX_NAME:
             raise OperatorError(
                 "INVALID_ARGUMENT", "the population is missing or too long", got=request.population[:80]
@@ -285,12 +288,13 @@ class Operators:
         tx.after_commit(self._context.work.beat)
         return operator_pb2.RevokeDeviceResponse()
 
-    # -------------------------------------------------------------------------------------------------------- at most once
+    # --------------------------------------------------------------------------------------------------- at most once
 
     def _once(
         self, method: str, request: Any, response_type: type[Response], change: Callable[[Transaction, Any], Response]
     ) -> Response:
-        """One transaction, whose answer is stored under the request's id; the same request again gets the same answer."""
+        """One transaction, whose answer is stored under the request's id; the same request again gets the same
+        answer."""
         body = request.SerializeToString(deterministic=True)
         key = RequestKey.of(OPERATOR, request.request_id, OPERATOR_SERVICE + method, body)
         with self._context.database.transaction() as tx:

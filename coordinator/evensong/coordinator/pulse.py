@@ -1,4 +1,5 @@
-"""Wakes those who wait for news: held check-ins, the conductor, watchers. No news is lost between a look and the wait."""
+"""Wakes those who wait for news: held check-ins, the conductor, watchers. No news is lost between a look and the
+wait."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from sqlalchemy import delete, insert, select
 
 from evensong.coordinator import tables
 from evensong.coordinator.database import Transaction
-from evensong.coordinator.errors import Refused
+from evensong.coordinator.errors import RefusalError
 from evensong.v1 import common_pb2
 
 REQUEST_ID_BYTES = 16
@@ -32,7 +32,7 @@ class RequestKey:
     @classmethod
     def of(cls, caller: str, request_id: bytes, method: str, body: bytes) -> RequestKey:
         if len(request_id) != REQUEST_ID_BYTES:
-            raise Refused(
+            raise RefusalError(
                 common_pb2.REFUSAL_REASON_INVALID_REQUEST,
                 "request_id is malformed",
                 expected=f"{REQUEST_ID_BYTES} random bytes",
@@ -51,7 +51,7 @@ def recall(tx: Transaction, key: RequestKey) -> bytes | None:
     if row is None:
         return None
     if (row.method, row.body_sha256) != (key.method, key.body_sha256):
-        raise Refused(
+        raise RefusalError(
             common_pb2.REFUSAL_REASON_REPLAY,
             "this request_id came before with other content",
             fix="Make a new request_id for every new request.",

@@ -1,7 +1,8 @@
 """The states of a round and the one table of what leads from one to the next.
 
-A training round collects updates, adds them up, and commits a version; an evaluation round collects metrics of a version. Both are
-rows of the table ``rounds``, told apart by ``work``. Nothing but :func:`open_round` and :func:`move` writes a state.
+A training round collects updates, adds them up, and commits a version; an evaluation round collects metrics of a
+version. Both are rows of the table ``rounds``, told apart by ``work``. Nothing but :func:`open_round` and
+:func:`move` writes a state.
 """
 
 from __future__ import annotations

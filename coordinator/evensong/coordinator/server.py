@@ -1,4 +1,5 @@
-"""The coordinator as a server: builds the parts, opens the socket, drains and stops. The daemon, the demo and tests use it."""
+"""The coordinator as a server: builds the parts, opens the socket, drains and stops. The daemon, the demo and
+tests use it."""
 
 from __future__ import annotations
 
@@ -48,10 +49,11 @@ OPERATOR_SERVICE_NAME = operator_pb2.DESCRIPTOR.services_by_name["OperatorServic
 
 
 class CoordinatorCore:
-    """Everything but the socket: the dispatcher for devices, the calls of operators, and the conductor in the background.
+    """Everything but the socket: the dispatcher for devices, the calls of operators, and the conductor in the
+    background.
 
-    The simulator runs this object with its own clock, randomness and ``run_blocking``; :class:`CoordinatorServer` puts gRPC around it.
-    Raises :class:`StorageError` when the data directory, the database or its migration fails.
+    The simulator runs this object with its own clock, randomness and ``run_blocking``; :class:`CoordinatorServer`
+    puts gRPC around it. Raises :class:`StorageError` when the data directory, the database or its migration fails.
     """
 
     def __init__(
@@ -135,7 +137,8 @@ class CoordinatorServer:
         self.metrics_address = ""
 
     async def start(self) -> None:
-        """Opens the data directory and the socket. Raises StorageError or ConfigurationError, and leaves nothing open."""
+        """Opens the data directory and the socket. Raises StorageError or ConfigurationError, and leaves nothing
+        open."""
         settings = self.settings
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="evensong")
         self._lock = _lock_data_dir(settings.data_dir)
@@ -164,7 +167,8 @@ class CoordinatorServer:
         address_file.write_text(self.address + "\n")
 
     async def stop(self, grace_seconds: float | None = None) -> None:
-        """Drains: no new leases, held check-ins are answered, running calls finish (within the grace), then all closes."""
+        """Drains: no new leases, held check-ins are answered, running calls finish (within the grace), then all
+        closes."""
         await self._health.enter_graceful_shutdown()
         self.core.drain()
         await self._server.stop(self.settings.drain_ms / 1000 if grace_seconds is None else grace_seconds)
@@ -250,7 +254,7 @@ def _metadata(call: grpc.aio.ServicerContext[bytes, bytes]) -> Metadata:
     return tuple((str(key), value) for key, value in call.invocation_metadata() or ())
 
 
-# ------------------------------------------------------------------------------------------------------ the data directory
+# ------------------------------------------------------------------------------------------------- the data directory
 
 
 def _lock_data_dir(folder: Path) -> Any:

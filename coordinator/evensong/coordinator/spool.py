@@ -1,7 +1,7 @@
 """Updates on their way in: one file an upload, hashed as it grows, kept until the version that counts it is committed.
 
-Chunks are not fsynced one by one: :meth:`SpooledUpload.make_durable` does that once, before the update is journalled. After a
-restart the file's length says where the device goes on, and its bytes are hashed again.
+Chunks are not fsynced one by one: :meth:`SpooledUpload.make_durable` does that once, before the update is
+journalled. After a restart the file's length says where the device goes on, and its bytes are hashed again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Running sums of the open rounds: O(model) memory, however many devices report.
 
-A sum is a cache of the journal. Updates are added in the order of the journal, so that a coordinator that was killed and builds
-the sum again gets the same bits.
+A sum is a cache of the journal. Updates are added in the order of the journal, so that a coordinator that was
+killed and builds the sum again gets the same bits.
 """
 
 from __future__ import annotations

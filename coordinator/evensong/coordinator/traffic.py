@@ -1,4 +1,5 @@
-"""How many bytes a round's devices were sent. Kept in memory: a restart loses the count of the open round, nothing else."""
+"""How many bytes a round's devices were sent. Kept in memory: a restart loses the count of the open round, nothing
+else."""
 
 from __future__ import annotations
 
