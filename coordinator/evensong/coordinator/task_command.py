@@ -1,15 +1,13 @@
-"""``evensong task ...`` and ``evensong devices ...``: submit, watch and steer tasks; enrol and revoke devices."""
+"""Submit, watch and steer federated training tasks."""
 
 from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import click
 import numpy as np
 import typer
 from rich.console import Console
@@ -17,79 +15,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from evensong.coordinator.bundle import TaskError
-from evensong.coordinator.credentials import Tls
+from evensong.coordinator.command_line import FAILED, Address, CertificateAuthority, TokenFile, connected, run
 from evensong.coordinator.handle import DEFAULT_ADDRESS, Coordinator, NotFoundError
 from evensong.coordinator.task import LocalTraining, Strategy, Task
 from evensong.coordinator.views import EventKind, Metrics, TaskEvent, TaskState, TaskStatus
 from evensong.wire.codecs import UpdateCodec
-from evensong.wire.errors import EvensongError
 from evensong.wire.tensors import encode_tensors, layout_from_proto
 
-FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+app = typer.Typer(help="Federated training tasks on a coordinator.", no_args_is_help=True)
 
-task_app = typer.Typer(help="Federated training tasks on a coordinator.", no_args_is_help=True)
-devices_app = typer.Typer(help="Devices of a coordinator, and the tokens with which they enrol.", no_args_is_help=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``evensong task``."""
-    return _run(task_app, "evensong task", argv)
-
-
-def devices_main(argv: Sequence[str] | None = None) -> int:
-    """``evensong devices``."""
-    return _run(devices_app, "evensong devices", argv)
-
-
-def _run(app: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
-    """Exit codes: 0 done, 1 refused or failed, 2 wrong command line, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        result = typer.main.get_command(app).main(arguments, prog_name=name, standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except EvensongError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return FAILED
-    except click.exceptions.Abort:
-        return INTERRUPTED
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-
-
-# ------------------------------------------------------------------------------------------------------- the connection
-
-Address = Annotated[str, typer.Option("--address", envvar="EVENSONG_ADDRESS", help="HOST:PORT of the coordinator.")]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option("--token-file", help="Operator's token; default: $EVENSONG_OPERATOR_TOKEN, or this machine's."),
-]
-CertificateAuthority = Annotated[
-    Path | None, typer.Option("--tls-ca", help="PEM of who signed the coordinator's certificate; implies TLS.")
-]
 TaskId = Annotated[str, typer.Argument(help="Id of a task, or the beginning of one.", metavar="TASK")]
 
 
-@contextmanager
-def _connected(address: str, token_file: Path | None, tls_ca: Path | None) -> Iterator[Coordinator]:
-    with Coordinator.connect(address, token_file, Tls(ca=tls_ca) if tls_ca else None) as coordinator:
-        yield coordinator
+def main(argv: Sequence[str] | None = None) -> int:
+    """``evensong task``; the exit codes are those of :mod:`command_line`."""
+    return run(app, "evensong task", argv)
 
 
-def _find(coordinator: Coordinator, task_id: str) -> TaskStatus:
-    """The one task whose id begins so."""
-    found = [status for status in coordinator.tasks() if status.task_id.startswith(task_id)]
-    if len(found) != 1:
-        raise NotFoundError(
-            f"{'no' if not found else len(found)} tasks have an id that begins with {task_id!r}", expected="one"
-        )
-    return found[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------- tasks
-
-
-@task_app.command()
+@app.command()
 def submit(
     source: Annotated[Path, typer.Argument(help="A Python file that defines `task`, or a compiled artifact.")],
     name: Annotated[str | None, typer.Option(help="Default: the artifact's file name.")] = None,
@@ -125,18 +68,18 @@ def submit(
             clip_norm=clip_norm,
             strategy=Strategy(strategy, **_arguments(argument or ())),
         )
-    with _connected(address, token_file, tls_ca) as coordinator:
+    with connected(address, token_file, tls_ca) as coordinator:
         handle = coordinator.submit(task)
         print(handle.task_id, flush=True)
         return _watch(coordinator, handle.status()) if watch else 0
 
 
-@task_app.command(name="list")
+@app.command(name="list")
 def list_tasks(
     address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
 ) -> None:
     """All tasks."""
-    with _connected(address, token_file, tls_ca) as coordinator:
+    with connected(address, token_file, tls_ca) as coordinator:
         table = Table("task", "name", "population", "state", "round", "version", "created")
         for status in coordinator.tasks():
             table.add_row(
@@ -151,12 +94,12 @@ def list_tasks(
         Console().print(table)
 
 
-@task_app.command()
+@app.command()
 def show(
     task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
 ) -> None:
     """One task in full."""
-    with _connected(address, token_file, tls_ca) as coordinator:
+    with connected(address, token_file, tls_ca) as coordinator:
         status = _find(coordinator, task)
     layout = layout_from_proto(status.bundle.layout)
     codec = UpdateCodec.from_plan(status.bundle.update)
@@ -184,21 +127,21 @@ def show(
     Console().print(table)
 
 
-@task_app.command()
+@app.command()
 def watch(
     task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
 ) -> int:
     """Follows a task until it ends; 1 if it failed or was stopped."""
-    with _connected(address, token_file, tls_ca) as coordinator:
+    with connected(address, token_file, tls_ca) as coordinator:
         return _watch(coordinator, _find(coordinator, task))
 
 
-@task_app.command()
+@app.command()
 def versions(
     task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
 ) -> None:
     """The committed models of a task, with their lineage."""
-    with _connected(address, token_file, tls_ca) as coordinator:
+    with connected(address, token_file, tls_ca) as coordinator:
         table = Table("version", "parent", "round", "reports", "weight", "training", "evaluation", "created", "")
         for version in coordinator.versions(_find(coordinator, task).task_id):
             table.add_row(
@@ -215,7 +158,7 @@ def versions(
         Console().print(table)
 
 
-@task_app.command()
+@app.command()
 def download(
     task: TaskId,
     output: Annotated[Path, typer.Argument(help="File to write: .npz for NumPy, else evensong's tensor format.")],
@@ -225,7 +168,7 @@ def download(
     tls_ca: CertificateAuthority = None,
 ) -> None:
     """Writes the parameters of a version to a file."""
-    with _connected(address, token_file, tls_ca) as coordinator:
+    with connected(address, token_file, tls_ca) as coordinator:
         status = _find(coordinator, task)
         parameters = coordinator.download(status.task_id, version)
     if output.suffix == ".npz":
@@ -235,7 +178,7 @@ def download(
     print(f"{output}: {len(parameters)} tensors, {sum(array.size for array in parameters.values()):,} parameters")
 
 
-@task_app.command()
+@app.command()
 def promote(
     task: TaskId,
     version: Annotated[int, typer.Argument(help="Number of the version.")],
@@ -244,29 +187,39 @@ def promote(
     tls_ca: CertificateAuthority = None,
 ) -> None:
     """Makes a version the one that devices predict with and training goes on from."""
-    with _connected(address, token_file, tls_ca) as coordinator:
+    with connected(address, token_file, tls_ca) as coordinator:
         coordinator.promote(_find(coordinator, task).task_id, version)
     print(f"version {version} is served")
 
 
-@task_app.command()
+@app.command()
 def rollback(
     task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
 ) -> None:
     """Promotes the parent of the version that is served."""
-    with _connected(address, token_file, tls_ca) as coordinator:
+    with connected(address, token_file, tls_ca) as coordinator:
         number = coordinator.rollback(_find(coordinator, task).task_id)
     print(f"version {number} is served")
 
 
-@task_app.command()
+@app.command()
 def stop(
     task: TaskId, address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
 ) -> None:
     """Ends a task; its versions stay."""
-    with _connected(address, token_file, tls_ca) as coordinator:
+    with connected(address, token_file, tls_ca) as coordinator:
         coordinator.stop(_find(coordinator, task).task_id)
     print("stopped")
+
+
+def _find(coordinator: Coordinator, task_id: str) -> TaskStatus:
+    """The one task whose id begins so."""
+    found = [status for status in coordinator.tasks() if status.task_id.startswith(task_id)]
+    if len(found) != 1:
+        raise NotFoundError(
+            f"{'no' if not found else len(found)} tasks have an id that begins with {task_id!r}", expected="one"
+        )
+    return found[0]
 
 
 def _task_of(source: Path) -> Task:
@@ -327,58 +280,6 @@ def _line(event: TaskEvent) -> str:
 
 def _describe(metrics: Metrics | None) -> str:
     return f"loss {metrics.loss:.4f} accuracy {metrics.accuracy:.4f}" if metrics else "-"
-
-
-# -------------------------------------------------------------------------------------------------------------- devices
-
-
-@devices_app.command(name="list")
-def list_devices(
-    address: Address = DEFAULT_ADDRESS, token_file: TokenFile = None, tls_ca: CertificateAuthority = None
-) -> None:
-    """All enrolled devices."""
-    with _connected(address, token_file, tls_ca) as coordinator:
-        table = Table("device", "population", "enrolled", "last seen", "reports", "", "last refusal")
-        for device in coordinator.devices():
-            table.add_row(
-                device.device_id,
-                device.population,
-                f"{device.enrolled:%Y-%m-%d %H:%M}",
-                f"{device.last_seen:%Y-%m-%d %H:%M}" if device.last_seen else "-",
-                str(device.accepted_reports),
-                "revoked" if device.revoked else "",
-                device.last_refusal,
-            )
-        Console().print(table)
-
-
-@devices_app.command()
-def revoke(
-    device: Annotated[str, typer.Argument(help="Id of the device.")],
-    address: Address = DEFAULT_ADDRESS,
-    token_file: TokenFile = None,
-    tls_ca: CertificateAuthority = None,
-) -> None:
-    """Refuses a device from now on."""
-    with _connected(address, token_file, tls_ca) as coordinator:
-        coordinator.revoke(device)
-    print("revoked")
-
-
-@devices_app.command()
-def token(
-    population: Annotated[str, typer.Option(help="Group that the devices join.")] = "default",
-    uses: Annotated[int, typer.Option(help="How many devices may use it.")] = 1,
-    hours: Annotated[float, typer.Option(help="How long it is good for.")] = 24.0,
-    address: Address = DEFAULT_ADDRESS,
-    token_file: TokenFile = None,
-    tls_ca: CertificateAuthority = None,
-) -> None:
-    """Prints a token with which devices enrol. It is shown only once."""
-    with _connected(address, token_file, tls_ca) as coordinator:
-        issued = coordinator.create_token(population, uses, hours * 3600)
-    print(issued)
-    print(f"for {uses} device(s) of {population!r} until {issued.expires:%Y-%m-%d %H:%M} UTC", file=sys.stderr)
 
 
 if __name__ == "__main__":
