@@ -45,5 +45,5 @@ def _assert_memory_agrees(native: Machine, twin: Machine) -> None:
 
 @pytest.mark.skipif(not VERIFIER.exists(), reason="the engine's source is not here")
 def test_both_verifiers_have_the_same_signatures() -> None:
-    found = dict(re.findall(r'\{op::(\w+), "([^"]*)"', VERIFIER.read_text()))
+    found = dict(re.findall(r'\{op::(\w+),\s*"([^"]*)"', VERIFIER.read_text()))
     assert found == SIGNATURES

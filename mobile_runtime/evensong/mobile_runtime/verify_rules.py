@@ -266,6 +266,7 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
     "REDUCE_MEAN": _reduce,
     "REDUCE_MEAN_GRAD": _reduce,
     "DROPOUT": _dropout,
+    "DROPOUT_GRAD": _dropout,
     "TRANSPOSE": _transpose,
     "CONCAT": _concat,
     "SLICE": _slice,
