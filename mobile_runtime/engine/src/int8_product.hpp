@@ -15,7 +15,7 @@ namespace EVENSONG_ISA {
 struct Int8Layer {
     const int8_t* w;  // [outputs, depth]
     const int8_t* w_end;
-    const int32_t* bias;      // [outputs]
+    const float* bias;        // [outputs], int32 bits
     const float* multiplier;  // [outputs]
     size_t depth, outputs;
     size_t stride;  // from one row of y to the next
@@ -33,60 +33,65 @@ EVENSONG_INLINE Ints dot_activations(const int8_t* x) { return load_as<Ints>(x);
 EVENSONG_INLINE Ints dot_weights(const int8_t* w) { return load_as<Ints>(w) ^ int32_t(0x80808080); }
 EVENSONG_INLINE Ints dot_step(Ints sum, Ints x, Ints w) { return dot_groups(sum, w, x); }
 #else
-typedef int8_t DotBytes __attribute__((vector_size(kDotStep)));
-EVENSONG_INLINE Ints dot_activations(const int8_t* x) {
-    return Ints(__builtin_convertvector(load_as<DotBytes>(x), Shorts));
-}
+EVENSONG_INLINE Ints dot_activations(const int8_t* x) { return widen_pairs(x); }
 EVENSONG_INLINE Ints dot_weights(const int8_t* w) { return dot_activations(w); }
 EVENSONG_INLINE Ints dot_step(Ints sum, Ints x, Ints w) { return dot_groups(sum, x, w); }
 #endif
 
+struct Square {
+    Ints4 line[4];
+};
+// Lane i of line j is lane j of row i.
+EVENSONG_INLINE Square turn(Ints4 a, Ints4 b, Ints4 c, Ints4 d) {
+    const Ints4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Ints4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return {{__builtin_shufflevector(ab0, cd0, 0, 1, 4, 5), __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7),
+             __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5), __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7)}};
+}
+
 // The sums of four vectors, one to a lane.
 EVENSONG_INLINE Ints4 sum_each(const Ints* v) {
-    const Ints4 a = fold_to_four<Ints4>(v[0]), b = fold_to_four<Ints4>(v[1]);
-    const Ints4 c = fold_to_four<Ints4>(v[2]), d = fold_to_four<Ints4>(v[3]);
-    const Ints4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Ints4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    const Square t = turn(fold_to_four<Ints4>(v[0]), fold_to_four<Ints4>(v[1]), fold_to_four<Ints4>(v[2]),
+                          fold_to_four<Ints4>(v[3]));
+    return (t.line[0] + t.line[1]) + (t.line[2] + t.line[3]);
 }
 
 // y[outputs] of one row x[depth].
 static void multiply_row(const Int8Layer& layer, const int8_t* x, int8_t* y) {
     const size_t depth = layer.depth, whole = depth / kDotStep * kDotStep, rest = depth - whole;
     int8_t buffer[kDotStep] = {};
-    __builtin_memcpy(buffer, x + whole, rest);
+    for (size_t k = whole; k < depth; ++k) buffer[k - whole] = x[k];
     const Ints x_rest = dot_activations(buffer);
 
     Ints start = dot_step(Ints{}, x_rest, offset_groups());
     for (size_t k = 0; k < whole; k += kDotStep) start = dot_step(start, dot_activations(x + k), offset_groups());
     start = -start;
 
-    for (size_t o = 0; o < layer.outputs; o += 4) {
-        const size_t live = layer.outputs - o < 4 ? layer.outputs - o : 4;
-        const int8_t* w[4];
-        for (size_t j = 0; j < 4; ++j) w[j] = layer.w + (j < live ? o + j : o) * depth;
-        Ints sums[4] = {start, start, start, start};
-        for (size_t k = 0; k < whole; k += kDotStep) {
-            const Ints cells = dot_activations(x + k);
-            for (size_t j = 0; j < 4; ++j) sums[j] = dot_step(sums[j], cells, dot_weights(w[j] + k));
-        }
-        if (rest) {
-            for (size_t j = 0; j < 4; ++j) {
-                const int8_t* last = w[j] + whole;  // may run into the next row: there x is zero
-                if (layer.w_end - last < ptrdiff_t(kDotStep)) {
-                    __builtin_memcpy(buffer, last, rest);
-                    last = buffer;
-                }
-                sums[j] = dot_step(sums[j], x_rest, dot_weights(last));
+    for (size_t first = 0; first < layer.outputs; first += kLanes) {
+        const size_t live = layer.outputs - first;
+        int32_t totals[kLanes] = {};
+        for (size_t o = 0; o < kLanes && o < live; o += 4) {
+            const int8_t* w[4];  // outputs that do not exist repeat the last one
+            for (size_t j = 0; j < 4; ++j) w[j] = layer.w + (first + (o + j < live ? o + j : live - 1)) * depth;
+            Ints sums[4] = {start, start, start, start};
+            for (size_t k = 0; k < whole; k += kDotStep) {
+                const Ints cells = dot_activations(x + k);
+                for (size_t j = 0; j < 4; ++j) sums[j] = dot_step(sums[j], cells, dot_weights(w[j] + k));
             }
+            if (rest) {
+                for (size_t j = 0; j < 4; ++j) {
+                    const int8_t* last = w[j] + whole;  // may run into the next row: there x is zero
+                    if (layer.w_end - last < ptrdiff_t(kDotStep)) {
+                        for (size_t k = 0; k < rest; ++k) buffer[k] = last[k];
+                        last = buffer;
+                    }
+                    sums[j] = dot_step(sums[j], x_rest, dot_weights(last));
+                }
+            }
+            store_as(totals + o, sum_each(sums));
         }
-        int32_t bias[4] = {};
-        float multiplier[4] = {};
-        __builtin_memcpy(bias, layer.bias + o, live * sizeof *bias);
-        __builtin_memcpy(multiplier, layer.multiplier + o, live * sizeof *multiplier);
-        const Ints4 sum = sum_each(sums) + load_as<Ints4>(bias);
-        const Ints4 result = layer.requantize(__builtin_convertvector(sum, Floats4) * load_as<Floats4>(multiplier));
-        for (size_t j = 0; j < live; ++j) y[o + j] = int8_t(result[j]);
+        const Ints sum = load_as<Ints>(totals) + Ints(load_upto(layer.bias + first, live));
+        store_bytes(y + first, layer.requantize(to_float(sum) * load_upto(layer.multiplier + first, live)), live);
     }
 }
 
@@ -94,49 +99,44 @@ static void multiply_row(const Int8Layer& layer, const int8_t* x, int8_t* y) {
 
 constexpr size_t kPanelColumns = 2 * kLanes;
 
-// Repacks weights [outputs, depth] into panels [depth / kGroup][kPanelColumns][kGroup], zero beyond both ends, and the
-// bias less what the cells' offset will add.
+// Repacks weights [outputs, depth] into panels [depth / kGroup][kPanelColumns][kGroup], zero beyond the depth, and the
+// bias less what the cells' offset will add. Columns beyond the outputs repeat the last one; nobody reads what they
+// give.
 static void pack_weights(const Int8Layer& layer, size_t first, size_t columns, WeightCell* packed, int32_t* bias) {
-    const size_t depth = layer.depth, groups = (depth + kGroup - 1) / kGroup, panel = groups * kGroup * kPanelColumns;
-    for (size_t column = 0; column < columns; ++column) {
+    constexpr size_t kStep = 4 * kGroup, kLine = kPanelColumns * kGroup;
+    const size_t depth = layer.depth, whole = depth / kStep * kStep, rest = depth - whole;
+    const size_t groups = (depth + kGroup - 1) / kGroup, panel = groups * kLine, last = layer.outputs - 1;
+    for (size_t column = 0; column < columns; column += 4) {
         WeightCell* to = packed + column / kPanelColumns * panel + column % kPanelColumns * kGroup;
-        const bool exists = first + column < layer.outputs;
-        const int8_t* from = layer.w + (first + column) * depth;
-        for (size_t k = 0; k < groups * kGroup; k += kGroup, to += kPanelColumns * kGroup) {
-            if (exists && k + kGroup <= depth) {
-                for (size_t i = 0; i < kGroup; ++i) to[i] = from[k + i];
-            } else {
-                for (size_t i = 0; i < kGroup; ++i) to[i] = exists && k + i < depth ? from[k + i] : 0;
-            }
+        const int8_t* w[4];
+        for (size_t j = 0; j < 4; ++j) {
+            const size_t output = first + column + j < last ? first + column + j : last;
+            w[j] = layer.w + output * depth;
+            bias[column + j] = reinterpret_cast<const int32_t*>(layer.bias)[output];
         }
-        bias[column] = exists ? layer.bias[first + column] : 0;
+        for (size_t k = 0; k < whole; k += kStep, to += 4 * kLine) {
+            const Square square =
+                turn(four_groups(w[0] + k), four_groups(w[1] + k), four_groups(w[2] + k), four_groups(w[3] + k));
+            for (size_t i = 0; i < 4; ++i) store_as(to + i * kLine, square.line[i]);
+        }
+        if (rest) {
+            int8_t buffer[4][kStep] = {};
+            for (size_t j = 0; j < 4; ++j) {
+                for (size_t k = 0; k < rest; ++k) buffer[j][k] = w[j][whole + k];
+            }
+            const Square square =
+                turn(four_groups(buffer[0]), four_groups(buffer[1]), four_groups(buffer[2]), four_groups(buffer[3]));
+            for (size_t i = 0; i * kGroup < rest; ++i) store_as(to + i * kLine, square.line[i]);
+        }
     }
     if (kGroup == 2) return;
     for (size_t column = 0; column < columns; column += kLanes) {
         const WeightCell* from = packed + column / kPanelColumns * panel + column % kPanelColumns * kGroup;
         Ints excess = {};
         for (size_t g = 0; g < groups; ++g) {
-            excess = dot_groups(excess, offset_groups(), load_as<Ints>(from + g * kPanelColumns * kGroup));
+            excess = dot_groups(excess, offset_groups(), load_as<Ints>(from + g * kLine));
         }
         store_as(bias + column, load_as<Ints>(bias + column) - excess);
-    }
-}
-
-// The cells of x[depth]. Up to a vector beyond the depth may be written, and read as long as it lies before `x_end`.
-EVENSONG_INLINE void fill_cells(const int8_t* x, const int8_t* x_end, size_t depth, Cell* cells) {
-    constexpr size_t kStep = sizeof(Ints) / sizeof(Cell);
-    for (size_t k = 0; k < depth; k += kStep) {
-        int8_t buffer[kStep];
-        const int8_t* from = x + k;
-        if (x_end - from < ptrdiff_t(kStep)) {
-            for (size_t i = 0; i < kStep; ++i) buffer[i] = k + i < depth ? from[i] : 0;
-            from = buffer;
-        }
-#if defined(__AVX512VNNI__)
-        store_as(cells + k, load_as<Ints>(from) ^ int32_t(0x80808080));
-#else
-        store_as(cells + k, dot_activations(from));
-#endif
     }
 }
 

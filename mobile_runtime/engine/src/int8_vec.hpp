@@ -14,9 +14,9 @@ typedef int32_t Ints4 __attribute__((vector_size(16)));
 
 // `live` bytes, at most kLanes of them, each in a 32-bit lane.
 EVENSONG_INLINE Ints load_bytes(const int8_t* p, size_t live) {
-    if (__builtin_expect(live >= kLanes, 1)) return __builtin_convertvector(load_as<Bytes>(p), Ints);
+    if (__builtin_expect(live >= kLanes, 1)) return widen(p);
 #if EVENSONG_LANES == 16
-    return __builtin_convertvector(Bytes(_mm_maskz_loadu_epi8(__mmask16((1u << live) - 1), p)), Ints);
+    return Ints(_mm512_maskz_cvtepi8_epi32(0xffff, _mm_maskz_loadu_epi8(__mmask16((1u << live) - 1), p)));
 #else
     Ints lanes = {};
     for (size_t i = 0; i < live; ++i) lanes[i] = p[i];
@@ -26,7 +26,7 @@ EVENSONG_INLINE Ints load_bytes(const int8_t* p, size_t live) {
 
 EVENSONG_INLINE void store_bytes(int8_t* p, Ints v, size_t live) {
     if (__builtin_expect(live >= kLanes, 1)) {
-        store_as(p, __builtin_convertvector(v, Bytes));
+        narrow(p, v);
         return;
     }
 #if EVENSONG_LANES == 16
@@ -42,21 +42,18 @@ EVENSONG_INLINE Floats to_float(Ints v) { return __builtin_convertvector(v, Floa
 
 // clamp(rne(v) + zero_point, lo, hi), and NaN counts as 0. Clamping first is the same, and keeps the rounding in range.
 struct Requantizer {
-    float zero_point, lowest, highest;
+    Floats lowest, highest;
+    Ints offset;
 
     Requantizer(int32_t zero_point, int32_t lo, int32_t hi)
-        : zero_point(float(zero_point)), lowest(float(lo - zero_point)), highest(float(hi - zero_point)) {}
+        : lowest(splat(float(lo - zero_point))),
+          highest(splat(float(hi - zero_point))),
+          offset(splat(zero_point - 0x4b400000)) {}
 
-    // Values are Floats or Floats4; the result has as many int32 lanes.
-    template <class Values>
-    __attribute__((always_inline)) auto operator()(Values v) const {
-        typedef decltype(v == v) Mask;
-        v = Values(Mask(v) & (v == v));
-        v = v < lowest ? lowest - Values{} : v;
-        v = v > highest ? highest - Values{} : v;
-        // The unit in the last place of the bias is 1: adding it rounds to the nearest integer, ties to even.
-        v = (v + kRoundingBias) + zero_point;
-        return Mask(v) - 0x4b400000;
+    __attribute__((always_inline)) Ints operator()(Floats v) const {
+        v = Floats(Ints(v) & (v == v));
+        v = minimum(maximum(v, lowest), highest);
+        return Ints(v + kRoundingBias) + offset;  // the last place of the bias is 1: the sum is rounded, ties to even
     }
 };
 
@@ -94,9 +91,10 @@ typedef int8_t WeightCell;
 EVENSONG_INLINE Ints dot_groups(Ints sum, Ints cells, Ints weights) {
     return Ints(_mm512_dpbusd_epi32(__m512i(sum), __m512i(cells), __m512i(weights)));
 }
-EVENSONG_INLINE Ints offset_groups() {
-    return splat(int32_t(0x80808080));
-}  // cells of x = 0, and what they add too much
+// Cells of x = 0, and what they add too much.
+EVENSONG_INLINE Ints offset_groups() { return splat(int32_t(0x80808080)); }
+EVENSONG_INLINE void copy_step(Cell* to, const int8_t* x) { store_as(to, load_as<Ints4>(x) ^ int32_t(0x80808080)); }
+EVENSONG_INLINE Ints4 four_groups(const int8_t* w) { return load_as<Ints4>(w); }
 
 #else
 
@@ -121,8 +119,57 @@ EVENSONG_INLINE Ints dot_groups(Ints sum, Ints cells, Ints weights) {
 #endif
 }
 EVENSONG_INLINE Ints offset_groups() { return Ints{}; }
+// Eight bytes as int16; as many bytes as fill a vector, as int16.
+typedef int16_t Shorts8 __attribute__((vector_size(16)));
+EVENSONG_INLINE Shorts8 widen_eight(const int8_t* p) {
+#if defined(__SSE2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return Shorts8(_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8));
+#else
+    typedef int8_t Bytes8 __attribute__((vector_size(8)));
+    return __builtin_convertvector(load_as<Bytes8>(p), Shorts8);
+#endif
+}
+EVENSONG_INLINE Ints widen_pairs(const int8_t* p) {
+#if defined(__AVX2__)
+    return Ints(_mm256_cvtepi8_epi16(load_as<__m128i>(p)));
+#else
+    return Ints(widen_eight(p));
+#endif
+}
+
+EVENSONG_INLINE void copy_step(Cell* to, const int8_t* x) {
+    for (size_t i = 0; i < 16; i += 2 * kLanes) store_as(to + i, widen_pairs(x + i));
+}
+EVENSONG_INLINE Ints4 four_groups(const int8_t* w) { return Ints4(widen_eight(w)); }
 
 #endif
+
+// ------------------------------------------------------------------------------------------------- rows of x
+
+EVENSONG_INLINE void copy_step(int8_t* to, const int8_t* x) { store_as(to, load_as<Ints4>(x)); }
+
+// Copies x[count] as bytes or as cells, in steps of 16: up to 15 items beyond the end are written. Nothing is read from
+// x_end on.
+template <class Item>
+EVENSONG_INLINE void copy_cells(Item* to, const int8_t* x, const int8_t* x_end, size_t count) {
+    for (size_t i = 0; i < count; i += 16) {
+        const int8_t* from = x + i;
+        int8_t buffer[16];
+        if (__builtin_expect(x_end - from < 16, 0)) {
+            for (size_t k = 0; k < 16; ++k) buffer[k] = i + k < count ? from[k] : 0;
+            from = buffer;
+        }
+        copy_step(to + i, from);
+    }
+}
+
+template <class Item>
+EVENSONG_INLINE void fill_cells(Item* to, int8_t value, size_t count) {
+    int8_t buffer[16];
+    __builtin_memset(buffer, value, sizeof buffer);
+    for (size_t i = 0; i < count; i += 16) copy_step(to + i, buffer);
+}
 
 }  // namespace EVENSONG_ISA
 }  // namespace evensong

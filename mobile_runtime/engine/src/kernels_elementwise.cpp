@@ -294,7 +294,7 @@ Fault dropout_grad(const Call& call) {
     const size_t count = call.out[0].elements;
     size_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-        const Ints keep = __builtin_convertvector(load_as<Bytes>(mask + i), Ints);
+        const Ints keep = widen(mask + i);
         store(dx + i, keep != 0 ? load(dy + i) * scale : Floats{});
     }
     for (; i < count; ++i) dx[i] = mask[i] ? dy[i] * scale : 0.0f;

@@ -18,8 +18,7 @@ EVENSONG_INLINE Ints load_index(const Operand& index, size_t at, size_t live) {
         return Ints(load_upto(index.f32() + at, live));  // bits, moved as floats
     }
     if (live >= kLanes) {
-        typedef uint8_t Places __attribute__((vector_size(kLanes)));
-        return __builtin_convertvector(load_as<Places>(index.u8() + at), Ints);
+        return widen(index.u8() + at) & 0xff;
     }
     for (size_t i = 0; i < live; ++i) result[i] = index.u8()[at + i];
     return result;
@@ -29,7 +28,7 @@ EVENSONG_INLINE void store_index(const Operand& index, size_t at, Ints places, s
     if (index.dtype == DType::kI32) {
         store_upto(index.f32_mut() + at, Floats(places), live);
     } else if (live >= kLanes) {
-        store_as(index.u8_mut() + at, __builtin_convertvector(places, Bytes));
+        narrow(index.u8_mut() + at, places);
     } else {
         for (size_t i = 0; i < live; ++i) index.u8_mut()[at + i] = uint8_t(places[i]);
     }

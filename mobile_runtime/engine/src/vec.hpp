@@ -58,6 +58,35 @@ EVENSONG_INLINE void store_as(void* p, Vector v) {
 EVENSONG_INLINE Floats load(const float* p) { return load_as<Floats>(p); }
 EVENSONG_INLINE void store(float* p, Floats v) { store_as(p, v); }
 
+// Signed bytes to lanes and back; too large lanes lose their high bits. By hand: GCC's own conversion goes byte by
+// byte.
+EVENSONG_INLINE Ints widen(const void* p) {
+#if EVENSONG_LANES == 16
+    return Ints(_mm512_maskz_cvtepi8_epi32(0xffff, load_as<__m128i>(p)));
+#elif EVENSONG_LANES == 8
+    return Ints(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+#elif defined(__SSE2__)
+    const __m128i bytes = _mm_cvtsi32_si128(load_as<int32_t>(p)), pairs = _mm_unpacklo_epi8(bytes, bytes);
+    return Ints(_mm_srai_epi32(_mm_unpacklo_epi16(pairs, pairs), 24));
+#else
+    return __builtin_convertvector(load_as<Bytes>(p), Ints);
+#endif
+}
+EVENSONG_INLINE void narrow(void* p, Ints v) {
+#if EVENSONG_LANES == 16
+    store_as(p, _mm512_maskz_cvtepi32_epi8(0xffff, __m512i(v)));
+#elif EVENSONG_LANES == 8
+    const __m256i low = __m256i(v & 0xff);
+    const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
+#elif defined(__SSE2__)
+    const __m128i low = __m128i(v & 0xff), pairs = _mm_packs_epi32(low, low);
+    store_as(p, _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs)));
+#else
+    store_as(p, __builtin_convertvector(v, Bytes));
+#endif
+}
+
 EVENSONG_INLINE Ints lane_numbers() {
 #if EVENSONG_LANES == 16
     return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -114,8 +143,28 @@ EVENSONG_INLINE Floats keep_first(Floats v, size_t count, float filler) {
 // ------------------------------------------------------------------------------------------------- lane arithmetic
 
 // NaN in `a` or `b` gives b.
-EVENSONG_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
-EVENSONG_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+EVENSONG_INLINE Floats minimum(Floats a, Floats b) {
+#if EVENSONG_LANES == 16
+    return Floats(_mm512_maskz_min_ps(0xffff, __m512(a), __m512(b)));
+#elif EVENSONG_LANES == 8
+    return Floats(_mm256_min_ps(__m256(a), __m256(b)));
+#elif defined(__SSE2__)
+    return Floats(_mm_min_ps(__m128(a), __m128(b)));
+#else
+    return a < b ? a : b;
+#endif
+}
+EVENSONG_INLINE Floats maximum(Floats a, Floats b) {
+#if EVENSONG_LANES == 16
+    return Floats(_mm512_maskz_max_ps(0xffff, __m512(a), __m512(b)));
+#elif EVENSONG_LANES == 8
+    return Floats(_mm256_max_ps(__m256(a), __m256(b)));
+#elif defined(__SSE2__)
+    return Floats(_mm_max_ps(__m128(a), __m128(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
 EVENSONG_INLINE Floats absolute(Floats v) { return Floats(Ints(v) & 0x7fffffff); }
 EVENSONG_INLINE Floats with_sign_of(Floats magnitude, Floats sign) {
     return Floats(Ints(magnitude) | (Ints(sign) & int32_t(0x80000000)));

@@ -59,7 +59,7 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
         case "QCONV2D":
             weight = operands[1]
             if _depthwise(weight, op.attrs):
-                return 4 * weight.elements  # a 32-bit lane a weight
+                return 4 * (weight.elements + weight.dims[0])  # a 32-bit lane for a weight and for a bias
             return int8_product_bytes(prod(weight.dims[1:]), weight.dims[0] // int(op.attrs[6]))
         case _:
             return 0
