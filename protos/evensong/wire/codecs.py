@@ -52,7 +52,7 @@ MAX_MAGNITUDE = 2.0**126  #: of a value to quantise: leaves room for the grid's 
 RandomWords = Callable[[int], npt.NDArray[np.uint32]]
 
 _FIXED_BYTES = HEADER_BYTES + 12
-_PIECE = 1 << 14  # values worked on at once: they and their float64 copies stay in the cache
+_PIECE = 1 << 16  # values worked on at once: they stay in the cache, and NumPy's calls are few
 
 
 @dataclass(frozen=True)

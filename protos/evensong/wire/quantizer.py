@@ -57,6 +57,16 @@ def position(values: FloatArray, lower: FloatArray, step: FloatArray) -> npt.NDA
 # ----------------------------------------------------------------------------------------------------------------- bits
 
 
+def _codes_of_a_byte(bits: int) -> npt.NDArray[np.unsignedinteger]:
+    """For each byte its 8 / bits codes, side by side in one word."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = np.arange(256, dtype=np.uint8)[:, None] >> shifts & np.uint8((1 << bits) - 1)
+    return codes.view(f"u{len(shifts)}").reshape(-1)
+
+
+_CODES_OF_A_BYTE = {bits: _codes_of_a_byte(bits) for bits in (1, 2, 4)}
+
+
 def pack(codes: npt.NDArray[np.uint16], bits: int) -> npt.NDArray[np.uint8]:
     """Codes below 2^bits as a stream of bits, least significant first, filled with zero codes to a multiple of 8."""
     codes = np.pad(codes, (0, -codes.size % 8))
@@ -79,6 +89,8 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8] | 
         return packed
     if bits == 16:
         return packed.view("<u2")
+    if bits in _CODES_OF_A_BYTE:
+        return _CODES_OF_A_BYTE[bits].take(packed).view(np.uint8)
     groups = packed.size // bits
     padded = np.zeros((groups, 16), np.uint8)
     padded[:, :bits] = packed.reshape(groups, bits)
