@@ -37,7 +37,9 @@ def main() -> int:
             return 0
         committed = {path.name for pattern in ("*_pb2*.py", "*_pb2.pyi") for path in (ROOT / PACKAGE).glob(pattern)}
         stale = made ^ committed
-        stale |= {n for n in made & committed if not filecmp.cmp(fresh / PACKAGE / n, ROOT / PACKAGE / n, shallow=False)}
+        stale |= {
+            n for n in made & committed if not filecmp.cmp(fresh / PACKAGE / n, ROOT / PACKAGE / n, shallow=False)
+        }
         for name in sorted(stale):
             print(f"{PACKAGE / name} is not what the .proto files give: run python protos/generate.py", file=sys.stderr)
         return 1 if stale else 0
