@@ -9,11 +9,10 @@ namespace evensong {
 namespace EVENSONG_ISA {
 namespace {
 
-// Adds up one tile: kRows rows times kVectors vectors, for the whole depth, in registers. tile[row][column] is the
-// result.
+// Adds up one tile: kRows rows times kVectors vectors, for the whole depth, in registers; stores it to out[row] +
+// column.
 template <size_t kRows, size_t kVectors, class Left>
-__attribute__((noinline)) void multiply_tile(Left left, const float* right, size_t right_stride, size_t depth,
-                                             float* tile) {
+void multiply_tile(Left left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t column) {
     Floats sums[kRows][kVectors] = {};
     for (size_t k = 0; k < depth; ++k, right += right_stride) {
         Floats b[kVectors];
@@ -29,7 +28,7 @@ __attribute__((noinline)) void multiply_tile(Left left, const float* right, size
     EVENSONG_UNROLL
     for (size_t i = 0; i < kRows; ++i) {
         EVENSONG_UNROLL
-        for (size_t v = 0; v < kVectors; ++v) store(tile + i * kPanelColumns + v * kLanes, sums[i][v]);
+        for (size_t v = 0; v < kVectors; ++v) store(out[i] + column + v * kLanes, sums[i][v]);
     }
 }
 
@@ -53,7 +52,8 @@ void finish_tile(const float* tile, size_t rows, float* const* out, size_t out_c
 template <class Left>
 struct Tile {
     size_t rows;
-    void (*multiply[kPanelVectors])(Left left, const float* right, size_t right_stride, size_t depth, float* tile);
+    void (*multiply[kPanelVectors])(Left left, const float* right, size_t right_stride, size_t depth, float* const* out,
+                                    size_t column);
 };
 
 template <class Left, size_t kRows>
@@ -65,16 +65,22 @@ template <class Left>
 constexpr Tile<Left> kTiles[] = {tile_of<Left, kTileRows>(), tile_of<Left, kTileRows / 3 * 2>(),
                                  tile_of<Left, kTileRows / 3>(), tile_of<Left, 2>(), tile_of<Left, 1>()};
 
-// All rows of one panel: out[row][out_column + j] for the panel's columns j < `columns`.
+// All rows of one panel: out[row][out_column + j] for the panel's columns j < `columns`. A tile that is whole and needs
+// nothing more goes straight to its place, any other through a buffer.
 template <class Left>
 void multiply_rows(Left left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t rows,
                    size_t out_column, size_t columns, Epilogue epilogue) {
+    const bool is_plain = columns >= panel_width(columns) && !epilogue.bias && !epilogue.accumulate &&
+                          epilogue.activation == activation::NONE;
+    alignas(64) float buffer[kTileRows * kPanelColumns];
+    float* buffer_rows[kTileRows];
+    for (size_t i = 0; i < kTileRows; ++i) buffer_rows[i] = buffer + i * kPanelColumns;
     const Tile<Left>* tile = kTiles<Left>;
     for (size_t row = 0; row < rows; row += tile->rows) {
         while (tile->rows > rows - row) ++tile;
-        alignas(64) float sums[kTileRows * kPanelColumns];
-        tile->multiply[columns > kLanes](left.from(row), right, right_stride, depth, sums);
-        finish_tile(sums, tile->rows, out + row, out_column, columns, epilogue);
+        float* const* target = is_plain ? out + row : buffer_rows;
+        tile->multiply[columns > kLanes](left.from(row), right, right_stride, depth, target, is_plain ? out_column : 0);
+        if (!is_plain) finish_tile(buffer, tile->rows, out + row, out_column, columns, epilogue);
     }
 }
 
