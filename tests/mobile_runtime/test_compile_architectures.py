@@ -158,6 +158,46 @@ def test_bias_alone_can_be_trained() -> None:
     assert_trains_like_torch(model, normal((6, 5)), classified(CLASSES, 6), trainable=["*.bias"])
 
 
+class TiedEmbedding(nn.Module):
+    """The table of the tokens is also the weight of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(CLASSES, 6)
+        self.output = nn.Linear(6, CLASSES, bias=False)
+        self.output.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.output(self.table(ids).mean(dim=1))
+
+
+class TwiceConvolved(nn.Module):
+    """One convolution at two places, and a positional encoding made in forward()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        self.head = nn.Linear(2, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        position = torch.sin(torch.arange(x.shape[-1]).float())
+        return self.head(self.conv(torch.relu(self.conv(x + position))).mean(dim=(2, 3)))
+
+
+def test_shared_weights_gather_all_their_gradients() -> None:
+    torch.manual_seed(0)
+    ids = np.random.default_rng(0).integers(0, CLASSES, (6, 5)).astype(np.int32)
+    tied = assert_trains_like_torch(TiedEmbedding(), ids, classified(CLASSES, 6), optimizer=SGD(momentum=0.9))
+    assert [variable.name for variable in tied.artifact.variables] == ["table.weight"]
+    assert_trains_like_torch(TwiceConvolved(), normal((6, 2, 5, 4)), classified(CLASSES, 6))
+
+
+def test_one_number_for_each_example() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 1), nn.Flatten(0))
+    assert_trains_like_torch(model, normal((6, 5)), normal((6,), seed=1), loss="mse")
+
+
 def test_dropout_keeps_the_expected_share() -> None:
     """Masks cannot equal torch's; their share, their scale and their change from step to step can be checked."""
     from evensong.mobile_runtime import load

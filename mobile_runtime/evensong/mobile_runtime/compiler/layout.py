@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evensong.mobile_runtime.compiler.ir import Graph, Value, constant
-from evensong.mobile_runtime.errors import CompileError
+from evensong.mobile_runtime.errors import CompileError, UnsupportedOperation
 from evensong.wire.program import MAX_RANK, Region
 
 #: The batch size of the traced graph: a prime that no real layer has by chance, so that a batch axis is told by its
@@ -117,7 +117,10 @@ def reshaped(graph: Graph, view: View, shape: Sequence[int], place: str) -> View
     if order is None:
         rank = range(len(view.shape))
         if view.value.batched and view.batch_axis != 0:
-            raise MixesExamplesError(f"{place}: this reshape")
+            raise UnsupportedOperation(
+                f"{place}: a reshape while the batch is not the first axis",
+                fix="Permute the batch to the front before reshaping.",
+            )
         view = View(arrange(graph, view, rank, place), view.shape, tuple(rank))
         order = _regrouped(view, shape)
         if order is None:

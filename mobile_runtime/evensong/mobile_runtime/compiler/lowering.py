@@ -22,6 +22,12 @@ Lowering = Callable[..., Any]
 #: How each ATen call becomes engine operations. The arguments are those of the ATen schema, with views for tensors.
 TABLE: Mapping[str, Lowering] = {**aten_layers.TABLE, **aten_windows.TABLE, **aten_pointwise.TABLE, **aten_shapes.TABLE}
 
+#: What a message tells: without variants, conversions and calls that torch makes for itself.
+SUPPORTED = sorted(
+    {call for call in (name.split(".")[1] for name in TABLE if "." in name) if call.strip("_") == call}
+    - {"alias", "detach", "lift_fresh_copy", "to", "rsub", "mm", "t"}
+)
+
 _INPUT_DTYPES = {torch.float32: DType.F32, torch.int64: DType.I32, torch.int32: DType.I32}
 
 
@@ -88,7 +94,7 @@ def _call(builder: Builder, node: torch.fx.Node, known: dict[torch.fx.Node, Any]
     if lowering is None:
         raise UnsupportedOperation(
             f"the runtime has no {target} ({_where(node)})",
-            expected="a composition of " + ", ".join(sorted({name.split(".")[1] for name in TABLE if "." in name})),
+            expected="calls among " + ", ".join(SUPPORTED),
             got=target,
             fix="Write this part of forward() with supported operations, or keep it outside the model.",
         )
@@ -112,7 +118,7 @@ def _folded(node: torch.fx.Node, known: dict[torch.fx.Node, Any], weights: Weigh
     tensors = {}
     for source in node.all_input_nodes:
         value = known[source]
-        if isinstance(value, Persistent) and value.name not in weights.trainable:
+        if isinstance(value, Persistent) and weights.first_name(value.name) not in weights.trainable:
             value = weights.tensor(value.name)
         if isinstance(value, (View, Persistent)) or (isinstance(value, list) and not _all_tensors(value)):
             return None

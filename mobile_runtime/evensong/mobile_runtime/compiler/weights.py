@@ -28,11 +28,17 @@ class Weights:
         self.flags: dict[Value, VariableFlag] = {}
         self.order: dict[Value, tuple[int, ...]] = {}
         self._tensors = {**trace.constants, **dict(model.named_buffers()), **dict(model.named_parameters())}
-        self._orders = _first_orders(trace)
+        self._first_names = _first_names(model)
+        self._orders = {self.first_name(name): order for name, order in _first_orders(trace).items()}
         self._views: dict[str, View] = {}
+
+    def first_name(self, name: str) -> str:
+        """The name of a tensor that the model may hold under several (tied weights)."""
+        return self._first_names.get(name, name)
 
     def view(self, name: str) -> View:
         """The author's view of a persistent tensor: STATE if it is trainable, else CONST."""
+        name = self.first_name(name)
         if name not in self._views:
             data = as_array(self._tensors[name], name)
             order = self._orders.get(name, tuple(range(data.ndim)))
@@ -54,7 +60,7 @@ class Weights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A copy of the author's tensor."""
-        return self._tensors[name].detach().cpu().clone()
+        return self._tensors[self.first_name(name)].detach().cpu().clone()
 
     @property
     def variables(self) -> list[Value]:
@@ -63,6 +69,12 @@ class Weights:
         return [
             self._views[name].value for name in self._tensors if name in self._views and self._views[name].value in used
         ]
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    names: dict[int, str] = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: names.setdefault(id(tensor), name) for name, tensor in tensors}
 
 
 def as_array(tensor: torch.Tensor, name: str) -> Data:
