@@ -103,19 +103,23 @@ def _load(target: str) -> Callable[[list[str]], int | None]:
 
 
 def _source_of(module: str) -> Path | None:
-    """The file of ``a.b.c``. Finding ``a.b`` imports only the namespace ``a``; the rest is a walk over folders."""
-    parts = module.split(".")
-    package = importlib.util.find_spec(".".join(parts[:2]))
-    if package is None:
+    """The file of ``a.b.c``, found by a walk over folders: not even ``a`` is imported."""
+    top, *rest = module.split(".")
+    found = importlib.util.find_spec(top)
+    if found is None:
         return None
-    if len(parts) == 2:
-        return Path(package.origin) if package.origin else None
-    for folder in package.submodule_search_locations or ():
-        path = Path(folder, *parts[2:])
-        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-            if candidate.exists():
-                return candidate
-    return None
+    if found.origin is None and rest:  # a namespace: an editable install knows only where its packages are
+        inner = importlib.util.find_spec(f"{top}.{rest[0]}")
+        places = [(inner.submodule_search_locations or (), rest[1:])] if inner else []
+    else:
+        places = []
+    for folders, names in [(found.submodule_search_locations or (), rest), *places]:
+        for folder in folders:
+            path = Path(folder, *names)
+            for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+                if candidate.exists():
+                    return candidate
+    return Path(found.origin) if found.origin and not rest else None
 
 
 def _help(verbs: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ from evensong.client.callbacks import Enrolled
 from evensong.client.context import Context
 from evensong.client.errors import EnrolmentError, RefusedError
 from evensong.v1 import device_pb2
-from evensong.wire.errors import EvensongError
+from evensong.wire.errors import EvensongError, SignatureError
 from evensong.wire.signing import EnrolmentToken
 
 _REQUEST = "enrol"
@@ -39,6 +39,10 @@ async def enrol(context: Context, token: str | None) -> None:
                 got=response.device_id[:64],
             )
         EnrolmentToken.parse(request.token).check_signer(response.signer_public_key)
+    except SignatureError as error:
+        raise EnrolmentError(
+            "the coordinator has another signer than the token says", got=error.got, fix=error.fix
+        ) from error
     except RefusedError as error:
         context.state.clear_request(_REQUEST)
         raise EnrolmentError(

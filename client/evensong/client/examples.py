@@ -115,10 +115,12 @@ class ExampleStore:
             raise ExampleError(
                 "inputs and target must have the same number of examples", got=[array.shape for array in arrays]
             )
+        if not len(arrays[0]):
+            return
         with self._database.transaction() as connection:
             columns = self._fitting(arrays)
             now = self._clock.unix_ms()
-            rows = zip(*(_rows_of(column) for column in columns), strict=True)
+            rows = zip(*([row.tobytes() for row in column] for column in columns), strict=True)
             connection.executemany(
                 "INSERT INTO examples (split, added_unix_ms, data) VALUES (?, ?, ?)",
                 ((split, now, b"".join(row)) for row in rows),
@@ -265,8 +267,3 @@ def _cast(array: Array, field: Field, index: int) -> Array:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ExampleError(f"field {index} of the example holds NaN or infinite values", expected="finite numbers")
     return np.ascontiguousarray(array, dtype=field.dtype)
-
-
-def _rows_of(column: Array) -> Iterator[bytes]:
-    rows = column.reshape(len(column), -1)
-    return (row.tobytes() for row in rows)

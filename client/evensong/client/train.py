@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -101,15 +102,13 @@ def run_epochs(
     steps = min(steps, most_steps)
     done = seen = correct = 0
     loss_sum = 0.0
-    for _ in range(epochs):
-        for batch in examples.batches(batch_size, order=order):
-            if done == steps:
-                break
-            between_steps()
-            result = session.train_step(model_inputs(batch), batch.target, learning_rate=learning_rate)
-            done, seen, correct = done + 1, seen + result.examples, correct + result.correct
-            loss_sum += result.loss * result.examples
-            on_step(done, steps, result)
+    passes = chain.from_iterable(examples.batches(batch_size, order=order) for _ in range(epochs))
+    for batch in islice(passes, steps):
+        between_steps()
+        result = session.train_step(model_inputs(batch), batch.target, learning_rate=learning_rate)
+        done, seen, correct = done + 1, seen + result.examples, correct + result.correct
+        loss_sum += result.loss * result.examples
+        on_step(done, steps, result)
     if not done:
         raise UnfitError("the training examples are gone")  # their age limit passed between count and use
     return Training(done, seen, min(count, seen), loss_sum, correct)
