@@ -240,7 +240,7 @@ def test_accumulating_needs_no_second_model(codec: UpdateCodec) -> None:
     codec.accumulate(data, layout, 1.0, into)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1 << 20  # a float32 copy of the update would take 4 MiB
+    assert peak < 2 << 20  # a float32 copy of the update would take 4 MiB
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])

@@ -150,10 +150,8 @@ class FlowerOptimizer:
     ) -> tuple[dict[str, FloatArray], bytes]:
         strategy = self._factory()
         restore_state(self._name, strategy, state)
-        current = {name: np.asarray(values, np.float64) for name, values in parameters.items()}
-        trained = {name: values + mean_update[name] for name, values in current.items()}
         try:
-            stepped = _run_round(strategy, current, trained, round, total_weight, metrics)
+            stepped = _run_round(strategy, parameters, mean_update, round, total_weight, metrics)
         except Exception as error:  # a user's strategy may raise anything: it must not stop the coordinator
             raise StrategyError(f"strategy {self._name!r} failed in round {round}", got=repr(error)) from error
         return self._checked(stepped, parameters), export_state(self._name, strategy, self._factory())
@@ -181,32 +179,30 @@ class FlowerOptimizer:
 
 def _run_round(
     strategy: Strategy,
-    current: Mapping[str, npt.NDArray[np.float64]],
-    trained: Mapping[str, npt.NDArray[np.float64]],
+    parameters: Parameters,
+    mean_update: Update,
     round: int,
     total_weight: float,
     metrics: Mapping[str, float],
 ) -> dict[str, npt.NDArray[Any]]:
     """One round as Flower's own loop runs it, with one node that holds the round's mean."""
     app = _flower("app")
-    messages = strategy.configure_train(round, _to_record(current), app.ConfigRecord(), _OneNode())  # type: ignore[arg-type]
+    current = app.ArrayRecord({name: _to_array(app, values) for name, values in parameters.items()})
+    messages = strategy.configure_train(round, current, app.ConfigRecord(), _OneNode())  # type: ignore[arg-type]
     message = next(iter(messages))
+    trained = {name: _to_array(app, values, mean_update[name]) for name, values in parameters.items()}
     weight_key = getattr(strategy, "weighted_by_key", "num-examples")
-    content = app.RecordDict(
-        {
-            "arrays": _to_record(trained),
-            "metrics": app.MetricRecord({**metrics, weight_key: float(total_weight)}),
-        }
-    )
+    measured = app.MetricRecord({**metrics, weight_key: float(total_weight)})
+    content = app.RecordDict({"arrays": app.ArrayRecord(trained), "metrics": measured})
     arrays, _ = strategy.aggregate_train(round, [app.Message(content, reply_to=message)])
     if arrays is None:
         raise ValueError("the strategy gave no arrays")
     return {name: array.numpy() for name, array in arrays.items()}
 
 
-def _to_record(tensors: Mapping[str, npt.NDArray[np.float64]]) -> Any:
-    app = _flower("app")
-    return app.ArrayRecord({name: app.Array(np.asarray(values)) for name, values in tensors.items()})
+def _to_array(app: ModuleType, values: FloatArray, update: npt.NDArray[np.floating[Any]] | float = 0.0) -> Any:
+    """Flower's ``Array`` (its own copy, float64) of one tensor: no more than one lies around twice."""
+    return app.Array(np.asarray(values.astype(np.float64) + update))
 
 
 class _OneNode:
