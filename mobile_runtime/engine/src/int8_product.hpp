@@ -72,13 +72,16 @@ static void multiply_row(const Int8Layer& layer, const int8_t* x, int8_t* y) {
         int32_t totals[kLanes] = {};
         for (size_t o = 0; o < kLanes && o < live; o += 4) {
             const int8_t* w[4];  // outputs that do not exist repeat the last one
+            EVENSONG_UNROLL
             for (size_t j = 0; j < 4; ++j) w[j] = layer.w + (first + (o + j < live ? o + j : live - 1)) * depth;
             Ints sums[4] = {start, start, start, start};
             for (size_t k = 0; k < whole; k += kDotStep) {
                 const Ints cells = dot_activations(x + k);
+                EVENSONG_UNROLL
                 for (size_t j = 0; j < 4; ++j) sums[j] = dot_step(sums[j], cells, dot_weights(w[j] + k));
             }
             if (rest) {
+                EVENSONG_UNROLL
                 for (size_t j = 0; j < 4; ++j) {
                     const int8_t* last = w[j] + whole;  // may run into the next row: there x is zero
                     if (layer.w_end - last < ptrdiff_t(kDotStep)) {
@@ -117,6 +120,7 @@ static void pack_weights(const Int8Layer& layer, size_t first, size_t columns, W
         for (size_t k = 0; k < whole; k += kStep, to += 4 * kLine) {
             const Square square =
                 turn(four_groups(w[0] + k), four_groups(w[1] + k), four_groups(w[2] + k), four_groups(w[3] + k));
+            EVENSONG_UNROLL
             for (size_t i = 0; i < 4; ++i) store_as(to + i * kLine, square.line[i]);
         }
         if (rest) {
@@ -146,23 +150,27 @@ static void multiply_tile(const Int8Layer& layer, const Cell* cells, size_t cell
                           const WeightCell* panel, const int32_t* bias, size_t first, int8_t* y) {
     const size_t groups = cell_stride / kGroup;
     Ints sums[kRows][kVectors];
-    for (size_t v = 0; v < kVectors; ++v) {
-        for (size_t r = 0; r < kRows; ++r) sums[r][v] = load_as<Ints>(bias + v * kLanes);
-    }
+    EVENSONG_UNROLL
+    for (size_t i = 0; i < kRows * kVectors; ++i) sums[i / kVectors][i % kVectors] = load_as<Ints>(bias + i % kVectors * kLanes);
     for (size_t g = 0; g < groups; ++g, panel += kPanelColumns * kGroup) {
         Ints weights[kVectors];
+        EVENSONG_UNROLL
         for (size_t v = 0; v < kVectors; ++v) weights[v] = load_as<Ints>(panel + v * kLanes * kGroup);
+        EVENSONG_UNROLL
         for (size_t r = 0; r < kRows; ++r) {
             const Ints same = splat(load_as<int32_t>(cells + r * cell_stride + g * kGroup));
+            EVENSONG_UNROLL
             for (size_t v = 0; v < kVectors; ++v) sums[r][v] = dot_groups(sums[r][v], same, weights[v]);
         }
     }
+    Ints done[kRows][kVectors];  // in memory, for a loop over the rows that exist
+    EVENSONG_UNROLL
+    for (size_t i = 0; i < kRows * kVectors; ++i) done[i / kVectors][i % kVectors] = sums[i / kVectors][i % kVectors];
     for (size_t v = 0; v < kVectors; ++v) {
         const size_t column = first + v * kLanes, live = layer.outputs - column;
         const Floats multiplier = load_upto(layer.multiplier + column, live);
-        for (size_t r = 0; r < kRows; ++r) {
-            if (r >= rows) break;
-            store_bytes(y + r * layer.stride + column, layer.requantize(to_float(sums[r][v]) * multiplier), live);
+        for (size_t r = 0; r < rows; ++r) {
+            store_bytes(y + r * layer.stride + column, layer.requantize(to_float(done[r][v]) * multiplier), live);
         }
     }
 }

@@ -139,6 +139,7 @@ EVENSONG_INLINE Ints widen_pairs(const int8_t* p) {
 }
 
 EVENSONG_INLINE void copy_step(Cell* to, const int8_t* x) {
+    EVENSONG_UNROLL
     for (size_t i = 0; i < 16; i += 2 * kLanes) store_as(to + i, widen_pairs(x + i));
 }
 EVENSONG_INLINE Ints4 four_groups(const int8_t* w) { return Ints4(widen_eight(w)); }

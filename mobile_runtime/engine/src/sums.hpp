@@ -55,6 +55,7 @@ EVENSONG_INLINE void sum_columns(size_t rows, size_t columns, float scale, float
             Floats chain[4] = {};
             size_t i = start;
             for (; i + 4 <= stop; i += 4) {
+                EVENSONG_UNROLL
                 for (size_t k = 0; k < 4; ++k) chain[k] += term(i + k, j, live);
             }
             for (; i < stop; ++i) chain[0] += term(i, j, live);

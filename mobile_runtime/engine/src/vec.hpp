@@ -25,6 +25,13 @@
 
 #define EVENSONG_INLINE static inline __attribute__((always_inline))
 
+// Before a loop of a few fixed rounds over an array of vectors: unrolled, so that the array lives in registers.
+#if defined(__clang__)
+#define EVENSONG_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define EVENSONG_UNROLL _Pragma("GCC unroll 32")
+#endif
+
 namespace evensong {
 namespace EVENSONG_ISA {
 
@@ -202,6 +209,7 @@ EVENSONG_INLINE Four quarter(Vector v, size_t index) {
 template <class Four, class Vector>
 EVENSONG_INLINE Four fold_to_four(Vector v) {
     Four sum = quarter<Four>(v, 0);
+    EVENSONG_UNROLL
     for (size_t i = 1; i < kLanes / 4; ++i) sum += quarter<Four>(v, i);
     return sum;
 }
@@ -225,6 +233,7 @@ EVENSONG_INLINE bool any(Ints mask) {
     return !_mm256_testz_si256(__m256i(mask), __m256i(mask));
 #else
     int32_t bits = 0;
+    EVENSONG_UNROLL
     for (size_t i = 0; i < kLanes; ++i) bits |= mask[i];
     return bits != 0;
 #endif
