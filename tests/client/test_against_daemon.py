@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
+from daemon import Operator, settings
 from tiny_artifact import BIAS, tiny_artifact, tiny_examples
 
-from evensong.client import AlwaysReady, Device, Dropped, EnrolmentError, Evaluated, Idle, Limits, Postponed, Trained
+from evensong.client import (
+    AlwaysReady,
+    Device,
+    Dropped,
+    EnrolmentError,
+    Evaluated,
+    Idle,
+    Limits,
+    Postponed,
+    Trained,
+)
 from evensong.client.callbacks import Event, Uploaded
-from evensong.v1 import common_pb2, operator_pb2, operator_pb2_grpc
-from evensong.wire.chunks import split
-from evensong.wire.tensors import encode_tensors
-
-pytest.importorskip("sqlalchemy", reason="the coordinator's extra is not installed")
-from evensong.coordinator.config import Settings
 from evensong.coordinator.server import CoordinatorServer
 from evensong.coordinator.task import LocalTraining, Personalization, Task
+from evensong.v1 import operator_pb2
 
 DEVICES, ROUNDS = 3, 4
 
@@ -37,47 +42,6 @@ def task(**local: object) -> Task:
     )
 
 
-class Operator:
-    """The few operator calls that these tests need, on the bare stub."""
-
-    def __init__(self, server: CoordinatorServer) -> None:
-        self._channel = grpc.aio.insecure_channel(server.address)
-        self._stub = operator_pb2_grpc.OperatorServiceStub(self._channel)
-        self._metadata = (("authorization", f"Bearer {server.operator_token}"),)
-
-    async def submit(self, task: Task) -> str:
-        await self._upload(task.artifact_bytes)
-        parameters = await self._upload(encode_tensors(task.initial_parameters(), task.layout))
-        request = operator_pb2.SubmitTaskRequest(
-            request_id=b"submit-0-1-2-3-4", bundle=task.to_bundle(), initial_parameters=parameters
-        )
-        return (await self._stub.SubmitTask(request, metadata=self._metadata)).task_id
-
-    async def token(self, uses: int) -> str:
-        request = operator_pb2.CreateEnrolmentTokenRequest(
-            request_id=b"token-0-1-2-3-4-", population="default", uses=uses
-        )
-        return (await self._stub.CreateEnrolmentToken(request, metadata=self._metadata)).token
-
-    async def revoke(self, device_id: str) -> None:
-        request = operator_pb2.RevokeDeviceRequest(request_id=b"revoke-0-1-2-3-4", device_id=device_id)
-        await self._stub.RevokeDevice(request, metadata=self._metadata)
-
-    async def status(self, task_id: str) -> operator_pb2.TaskStatus:
-        request = operator_pb2.GetTaskRequest(task_id=task_id)
-        return (await self._stub.GetTask(request, metadata=self._metadata)).task
-
-    async def close(self) -> None:
-        await self._channel.close()
-
-    async def _upload(self, data: bytes) -> common_pb2.BlobRef:
-        async def chunks():
-            for chunk in split(data, 1 << 16):
-                yield operator_pb2.UploadBlobRequest(chunk=chunk)
-
-        return (await self._stub.UploadBlob(chunks(), metadata=self._metadata)).blob
-
-
 def open_device(folder: Path, address: str, token: str, seed: int, events: list[Event] | None = None) -> Device:
     device = Device(
         folder,
@@ -91,12 +55,6 @@ def open_device(folder: Path, address: str, token: str, seed: int, events: list[
         device.examples.add_many(*tiny_examples(40, seed=seed))
         device.examples.add_many(*tiny_examples(20, seed=seed + 100), split="test")
     return device
-
-
-def settings(folder: Path, **values: object) -> Settings:
-    return Settings(
-        data_dir=folder, listen="127.0.0.1:0", log_level="error", retry_earliest_ms=50, retry_latest_ms=100, **values
-    )
 
 
 def test_devices_finish_a_task_and_serve_it_offline(tmp_path: Path) -> None:

@@ -104,8 +104,9 @@ def test_public_names_are_there_and_importing_them_needs_nothing_heavy() -> None
         assert getattr(evensong.client, name) is not None
     assert sorted(evensong.client._HOME_OF) == sorted(evensong.client.__all__)
     code = (
-        "import sys, evensong.client; names = set(sys.modules); import evensong.client.command, evensong.mobile_runtime;"
-        "from evensong.client import Device; print(sorted({'numpy', 'grpc', 'cryptography'} & names),"
+        "import sys, evensong.client; names = set(sys.modules);"
+        "import evensong.client.command, evensong.mobile_runtime; from evensong.client import Device;"
+        "print(sorted({'numpy', 'grpc', 'cryptography'} & names),"
         "sorted({'torch', 'flwr', 'sqlalchemy', 'typer', 'rich', 'grpc'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

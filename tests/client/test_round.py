@@ -43,6 +43,7 @@ def test_the_federated_model_gets_better_and_is_served(coordinator: Coordinator)
             coordinator.publish(number, {name: coordinator.values[name] + delta[name] for name in delta})
         assert isinstance(device.step(), Idle)
         assert np.mean(device.predict(x).argmax(1) == y) > max(0.9, before)
+        assert 0 < device.memory().inference_peak < device.memory().training_peak
 
 
 def test_evaluation_reports_sums_over_the_test_examples(coordinator: Coordinator) -> None:

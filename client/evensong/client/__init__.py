@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from evensong.client.cache import Cache, FolderCache, MemoryCache
     from evensong.client.conditions import AlwaysReady, Conditions, LinuxConditions, Unmet
     from evensong.client.context import Limits, in_thread, inline
-    from evensong.client.device import Device, Memory
+    from evensong.client.device import Device
     from evensong.client.errors import (
         ClientError,
         ConditionsChangedError,
@@ -36,7 +36,7 @@ _HOMES = {
     "cache": ("Cache", "FolderCache", "MemoryCache"),
     "conditions": ("AlwaysReady", "Conditions", "LinuxConditions", "Unmet"),
     "context": ("Limits", "in_thread", "inline"),
-    "device": ("Device", "Memory"),
+    "device": ("Device",),
     "errors": (
         "ClientError",
         "ConditionsChangedError",
@@ -78,7 +78,6 @@ __all__ = [
     "LeaseExpiredError",
     "Limits",
     "LinuxConditions",
-    "Memory",
     "MemoryCache",
     "NoModelError",
     "NotReady",

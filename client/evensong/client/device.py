@@ -6,7 +6,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -38,10 +37,10 @@ from evensong.client.randomness import Randomness
 from evensong.client.serving import Serving
 from evensong.client.state import State
 from evensong.client.train import Training
-from evensong.client.trust import training_bytes
 from evensong.client.work import execute, stoppable
 from evensong.mobile_runtime.errors import RuntimeFault
 from evensong.mobile_runtime.loading import load
+from evensong.mobile_runtime.memory import MemoryReport, memory_report
 from evensong.mobile_runtime.session import Array, Evaluation
 from evensong.v1 import common_pb2
 from evensong.wire.clock import Clock, SystemClock
@@ -56,15 +55,6 @@ Result = TypeVar("Result")
 _log = logging.getLogger("evensong.client")
 
 _NOT_READY_WAIT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Peak bytes of the served model, as known before anything runs, and what the device gives."""
-
-    predict_bytes: int
-    training_bytes: int
-    budget_bytes: int
 
 
 class Device:
@@ -244,16 +234,9 @@ class Device:
         self._serving.refresh()
         return training
 
-    def memory(self, *, task: str | None = None) -> Memory:
-        """What predicting and training with the served model take at most."""
-        artifact = self._serving.material(task).artifact
-        predict = artifact.program("predict")
-        resident = len(artifact.const) + len(artifact.state)
-        return Memory(
-            resident + predict.arena_bytes + predict.workspace_bytes,
-            training_bytes(artifact),
-            self._context.memory_bytes,
-        )
+    def memory(self, *, task: str | None = None) -> MemoryReport:
+        """What predicting and training with the served model take at most, known before anything runs."""
+        return memory_report(self._serving.material(task).artifact)
 
     @property
     def is_enrolled(self) -> bool:

@@ -112,8 +112,7 @@ class State:
     # facts: small values under a name
 
     def fact(self, name: str) -> bytes | None:
-        rows = self._database.rows("SELECT value FROM facts WHERE name = ?", (name,))
-        return bytes(rows[0][0]) if rows else None
+        return self._bytes("SELECT value FROM facts WHERE name = ?", name)
 
     def set_facts(self, **facts: bytes) -> None:
         with self._database.transaction() as connection:
@@ -122,8 +121,7 @@ class State:
     # requests that were sent, or are about to be, and have no answer yet
 
     def request(self, name: str) -> bytes | None:
-        rows = self._database.rows("SELECT body FROM requests WHERE name = ?", (name,))
-        return bytes(rows[0][0]) if rows else None
+        return self._bytes("SELECT body FROM requests WHERE name = ?", name)
 
     def set_request(self, name: str, body: bytes) -> None:
         with self._database.transaction() as connection:
@@ -179,8 +177,7 @@ class State:
     # what is this device's own: personal tensors (for every version) and overlays (for one version)
 
     def personal(self, task_id: str) -> bytes | None:
-        rows = self._database.rows("SELECT tensors FROM personal WHERE task_id = ?", (task_id,))
-        return bytes(rows[0][0]) if rows else None
+        return self._bytes("SELECT tensors FROM personal WHERE task_id = ?", task_id)
 
     def set_personal(self, task_id: str, tensors: bytes) -> None:
         with self._database.transaction() as connection:
@@ -188,10 +185,9 @@ class State:
 
     def overlay(self, task_id: str, version_sha256: bytes) -> bytes | None:
         """The personalised tensors, if they were adapted from this very version."""
-        rows = self._database.rows(
-            "SELECT tensors FROM overlays WHERE task_id = ? AND version_sha256 = ?", (task_id, version_sha256)
+        return self._bytes(
+            "SELECT tensors FROM overlays WHERE task_id = ? AND version_sha256 = ?", task_id, version_sha256
         )
-        return bytes(rows[0][0]) if rows else None
 
     def recipe(self, task_id: str) -> str | None:
         """How the task was last personalised here (JSON), for whatever version."""
@@ -203,6 +199,11 @@ class State:
             connection.execute(
                 "INSERT OR REPLACE INTO overlays VALUES (?, ?, ?, ?)", (task_id, version_sha256, tensors, recipe)
             )
+
+    def _bytes(self, query: str, *parameters: object) -> bytes | None:
+        """The one value that ``query`` finds, if any."""
+        rows = self._database.rows(query, parameters)
+        return bytes(rows[0][0]) if rows else None
 
 
 _WORK_FIELDS = tuple(field.name for field in fields(Work))
