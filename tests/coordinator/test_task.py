@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from served_coordinator import trainable_artifact
 
+import evensong.coordinator
 from evensong.coordinator.task import LocalTraining, Personalization, Strategy, Task, TaskError, check_bundle
 from evensong.v1 import task_pb2
 from evensong.wire import CorruptError, TensorSpec, UpdateCodec, decode_tensors, sha256
@@ -134,6 +135,8 @@ def without_training() -> bytes:
         ({"name": "a b"}, "name is malformed"),
         ({"population": "x" * 101}, "population is malformed"),
         ({"rounds": 0}, "rounds"),
+        ({"max_weight": "ten"}, "wrong type"),
+        ({"population": 3}, "wrong type"),
         ({"rounds": 1.5}, "rounds is out of range.*whole number"),
         ({"goal": 0}, "goal"),
         ({"goal": -1}, "goal"),
@@ -232,9 +235,11 @@ def test_hostile_bundles_are_refused(spoil: Callable[[task_pb2.TaskBundle], None
         check_bundle(bundle)
 
 
-def test_the_handle_is_light() -> None:
+def test_the_public_names_are_sorted_documented_and_light() -> None:
+    assert sorted(evensong.coordinator.__all__) == evensong.coordinator.__all__
+    assert all(getattr(evensong.coordinator, name).__doc__ for name in evensong.coordinator.__all__)
     code = (
-        "import sys, evensong.coordinator.handle; "
+        "import sys, evensong.coordinator; "
         "found = {'flwr', 'sqlalchemy', 'pydantic', 'typer', 'rich', 'torch'} & set(sys.modules); "
         "sys.exit(str(found) if found else 0)"
     )

@@ -1,1 +1,49 @@
-"""The coordinator: hands out work, adds up what comes back, and commits a better model."""
+"""The coordinator: hands out work, adds up what comes back, and commits a better model.
+
+The names below are the engineers' side: they need grpc and the contract, no database and no Flower. The daemon is
+:class:`evensong.coordinator.server.CoordinatorServer`.
+"""
+
+from evensong.coordinator.bundle import TaskError
+from evensong.coordinator.credentials import AccessError, Tls
+from evensong.coordinator.handle import Coordinator, NotFoundError, RejectedError, TaskHandle
+from evensong.coordinator.strategies import Optimizers, ServerOptimizer
+from evensong.coordinator.strategy_state import StrategyError
+from evensong.coordinator.task import LocalTraining, Personalization, Strategy, Task
+from evensong.coordinator.views import (
+    DeviceStatus,
+    EventKind,
+    IssuedToken,
+    Metrics,
+    TaskEvent,
+    TaskState,
+    TaskStatus,
+    Version,
+)
+from evensong.wire.codecs import UpdateCodec
+
+__all__ = [
+    "AccessError",
+    "Coordinator",
+    "DeviceStatus",
+    "EventKind",
+    "IssuedToken",
+    "LocalTraining",
+    "Metrics",
+    "NotFoundError",
+    "Optimizers",
+    "Personalization",
+    "RejectedError",
+    "ServerOptimizer",
+    "Strategy",
+    "StrategyError",
+    "Task",
+    "TaskError",
+    "TaskEvent",
+    "TaskHandle",
+    "TaskState",
+    "TaskStatus",
+    "Tls",
+    "UpdateCodec",
+    "Version",
+]

@@ -65,7 +65,7 @@ class Strategy:
         object.__setattr__(self, "arguments", dict(arguments))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A federated training task. ``artifact`` is a compiled model: its bytes, its file, or what ``compile`` returned.
 
@@ -94,7 +94,10 @@ class Task:
     strategy: str | Strategy = "fedavg"
 
     def __post_init__(self) -> None:
-        bundle = self.to_bundle()
+        try:
+            bundle = self.to_bundle()
+        except TypeError as error:  # protobuf's, for what no type checker saw
+            raise TaskError("a field of the task has the wrong type", got=error) from None
         check_bundle(bundle)
         if bundle.server.strategy in STRATEGIES:
             check_server_plan(bundle.server)
