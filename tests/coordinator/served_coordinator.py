@@ -43,14 +43,16 @@ def trainable_artifact() -> bytes:
 class ServedCoordinator:
     """Stopped and started again on the same folder and port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
+        self._settings = settings
         self.address = "127.0.0.1:0"
         self.devices: list[TinyDevice] = []
         self.start()
 
     def start(self) -> None:
-        settings = Settings(data_dir=self.folder, listen=self.address, durable=False, log_level="error", threads=2)
+        options = {"durable": False, "log_level": "error", "threads": 2, **self._settings}
+        settings = Settings(data_dir=self.folder, listen=self.address, **options)
         self.server = CoordinatorServer(settings, optimizers=plain_average())
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from served_coordinator import ServedCoordinator, trainable_artifact
 
 from evensong.coordinator.credentials import AccessError, Tls, find_token, is_loopback
@@ -239,6 +244,40 @@ def test_the_local_token_is_never_sent_to_another_machine(
 )
 def test_loopback_is_told_from_the_rest(address: str, loopback: bool) -> None:
     assert is_loopback(address) == loopback
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """Certificate and key for 127.0.0.1, PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "evensong test")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    certificate_path, key_path = folder / "certificate.pem", folder / "key.pem"
+    certificate_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    key_path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return certificate_path, key_path
+
+
+def test_tls_and_mutual_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evensong.coordinator.handle._PAUSES", (0.0,))
+    certificate, key = self_signed(tmp_path)
+    served = ServedCoordinator(tmp_path / "data", tls_certificate=certificate, tls_key=key, tls_client_ca=certificate)
+    try:
+        with Coordinator.connect(served.address, served.token, Tls(certificate, certificate, key)) as coordinator:
+            assert coordinator.tasks() == []
+        for unfit in (None, Tls(ca=certificate)):  # plain; and a client without a certificate
+            with pytest.raises(UnreachableError, match="TLS"):
+                Coordinator.connect(served.address, served.token, unfit, timeout=5)
+    finally:
+        served.stop()
 
 
 def test_an_unreadable_certificate_is_told(tmp_path: Path) -> None:
