@@ -6,8 +6,8 @@ from __future__ import annotations
 class EvensongError(Exception):
     """Base of every exception that evensong raises on purpose.
 
-    ``what`` names the failure; ``expected``, ``got`` and ``fix`` complete the sentence and are kept as attributes, so that
-    a program can read them and a log line needs no parsing.
+    ``what`` names the failure; ``expected``, ``got`` and ``fix`` complete the sentence and are kept as attributes, so
+    that a program can read them and a log line needs no parsing.
     """
 
     def __init__(self, what: str, *, expected: object = None, got: object = None, fix: str | None = None) -> None:

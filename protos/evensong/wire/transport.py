@@ -1,7 +1,7 @@
 """What carries a call: gRPC in production, a function call in the simulator. Bodies are serialised protobuf messages.
 
-Method names are the full gRPC paths, such as ``/evensong.v1.DeviceService/CheckIn``. Metadata keys are lower-case; values of keys
-that end in ``-bin`` are bytes, all others are str.
+Method names are the full gRPC paths, such as ``/evensong.v1.DeviceService/CheckIn``. Metadata keys are lower-case;
+values of keys that end in ``-bin`` are bytes, all others are str.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Transport(Protocol):
 
 
 class Dispatcher(Protocol):
-    """The server's end for the device service: authenticates, decodes, handles, encodes. Never raises on bad input: refusals are answers."""
+    """The server's end for the device service: authenticates, decodes, handles, encodes. Never raises on bad input:
+    refusals are answers."""
 
     async def call(self, method: str, body: bytes, metadata: Metadata) -> bytes: ...
 
