@@ -71,3 +71,14 @@ def test_a_full_disk_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / f"{sha256.hex()}.part").symlink_to("/dev/full")  # every write to it fails with ENOSPC
     with pytest.raises(StorageFullError):
         cache.append(sha256, 0, b"data")
+
+
+def test_devices_that_share_a_cache_may_download_the_same_blob_at_once() -> None:
+    cache = MemoryCache()
+    sha256 = hashlib.sha256(b"abcdef").digest()
+    cache.append(sha256, 0, b"abc")
+    cache.append(sha256, 0, b"ab")  # a second device, behind the first
+    cache.append(sha256, 3, b"def")
+    assert cache.finish(sha256) == b"abcdef"
+    cache.append(sha256, 2, b"cdef")
+    assert cache.finish(sha256) == b"abcdef"

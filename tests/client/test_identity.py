@@ -118,3 +118,15 @@ def test_address_and_population_are_remembered_and_a_population_is_for_life(tmp_
         assert (device.coordinator, device.population) == ("in-memory", "default")
     with pytest.raises(StateError, match="population"):
         Device(tmp_path, population="another")
+
+
+def test_a_lost_key_makes_another_device(tmp_path: Path) -> None:
+    coordinator = Coordinator(FakeClock())
+    with device_for(coordinator, tmp_path) as device:
+        device.enrol()
+    (tmp_path / "identity.key").unlink()
+    with device_for(coordinator, tmp_path) as device:
+        assert not device.is_enrolled
+        device.enrol()
+        assert device.is_enrolled
+    assert len(coordinator.devices) == 2

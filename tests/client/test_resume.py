@@ -60,7 +60,7 @@ def test_an_upload_goes_on_from_whatever_byte_the_coordinator_has(cuts: list[tup
 
 
 @given(kept=st.floats(0, 1), damaged=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_a_download_goes_on_from_whatever_byte_it_has(tmp_path_factory: pytest.TempPathFactory, kept, damaged) -> None:
     coordinator = coordinator_with_work()
     folder = tmp_path_factory.mktemp("device")

@@ -131,7 +131,7 @@ def test_a_bug_of_ours_is_reported_and_survived(coordinator: Coordinator, monkey
     with device_for(coordinator) as device:
         monkeypatch.setattr("evensong.client.work.seal", lambda *arguments, **options: 1 / 0)
         outcome = device.step()
-        assert isinstance(outcome, Aborted) and outcome.reason == "INTERNAL" and "division" in outcome.message
+        assert isinstance(outcome, Aborted) and outcome.reason == "INTERNAL" and outcome.message == "ZeroDivisionError"
         monkeypatch.undo()
         coordinator.give = [TRAIN]
         assert isinstance(device.step(), Trained)
@@ -291,3 +291,11 @@ def test_run_waits_as_told_until_it_may_stop(coordinator: Coordinator) -> None:
     with device_for(coordinator) as device:
         assert device.run(until) is outcomes[-1]
     assert START + 4000 <= coordinator.clock.now <= START + 8000
+
+
+def test_what_is_told_to_the_coordinator_quotes_no_example(coordinator: Coordinator) -> None:
+    with device_for(coordinator, examples=0) as device:
+        device.examples.add_many(np.zeros((3, 4), np.float32), np.array([0, 1, 987654]))  # there is no such class
+        assert isinstance(step_until(device, Aborted), Aborted)
+    [(reason, message)] = coordinator.aborts
+    assert reason == device_pb2.ABORT_REASON_UNFIT and message and "987654" not in message

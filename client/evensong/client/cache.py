@@ -127,12 +127,11 @@ class MemoryCache:
         return len(self._parts.get(sha256, b""))
 
     def append(self, sha256: bytes, offset: int, data: bytes) -> None:
-        part = self._parts.setdefault(sha256, bytearray())
-        if len(part) == offset:
-            part += data
+        if sha256 not in self._blobs and self.received(sha256) == offset:
+            self._parts.setdefault(sha256, bytearray()).extend(data)
 
     def finish(self, sha256: bytes) -> bytes:
-        if sha256 in self._blobs and sha256 not in self._parts:
+        if sha256 in self._blobs:
             return self._blobs[sha256]  # another device that shares this cache was faster
         data = bytes(self._parts.pop(sha256, b""))
         _check(data, sha256)

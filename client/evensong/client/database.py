@@ -93,6 +93,8 @@ class Database:
             raise StorageFullError(
                 f"{self._name} cannot be written", got=error, fix="Free some disk space and try again."
             ) from error
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise StateError(f"{self._name} is held by another process", got=error, fix="Try again.") from error
         if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
             raise error
         raise StateError(

@@ -24,6 +24,7 @@ from evensong.client.errors import (
     ClientError,
     ConditionsChangedError,
     EnrolmentError,
+    NoModelError,
     StateError,
     StorageFullError,
     UnfitError,
@@ -37,7 +38,7 @@ from evensong.client.randomness import Randomness
 from evensong.client.serving import Serving
 from evensong.client.state import State
 from evensong.client.train import Training
-from evensong.client.work import execute, stoppable
+from evensong.client.work import execute, stoppable, watch
 from evensong.mobile_runtime.errors import RuntimeFault
 from evensong.mobile_runtime.loading import load
 from evensong.mobile_runtime.memory import MemoryReport, memory_report
@@ -224,13 +225,11 @@ class Device:
     ) -> Training:
         """Adapts the served version to the local training examples; what is not given is as the task says.
 
-        Nothing of it leaves the device. It is repeated in the same way when a new version is served.
-        Raises :class:`NoModelError`, :class:`UnfitError`, :class:`DivergedError`, :class:`ConditionsChangedError`.
+        Nothing of it leaves the device. It runs now, whatever the conditions, and is repeated in the same way in a
+        quiet moment after a new version is served. Raises :class:`NoModelError`, :class:`UnfitError`, :class:`DivergedError`.
         """
         material = self._serving.material(task)
-        training = personalize(
-            self._context, material, recipe_of(material.model, epochs, learning_rate, trainable), threading.Event()
-        )
+        training = personalize(self._context, material, recipe_of(material.model, epochs, learning_rate, trainable))
         self._serving.refresh()
         return training
 
@@ -296,10 +295,11 @@ class Device:
             if recipe is None or model.version_sha256 in self._hopeless:
                 continue
             stop = threading.Event()
-            adapt = partial(personalize, self._context, self._serving.material(model.task_id), recipe, stop)
             try:
+                material = self._serving.material(model.task_id)
+                adapt = partial(personalize, self._context, material, recipe, watch(self._context, stop))
                 await stoppable(self._context, adapt, stop)
-            except ConditionsChangedError:
+            except (ConditionsChangedError, NoModelError):  # the next quiet moment may be better
                 return
             except (RuntimeFault, UnfitError) as error:
                 _log.warning("version %d of %s is served as it is: %s", model.version.number, model.task_id, error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -12,9 +11,8 @@ from evensong.client.callbacks import Personalized, StepDone
 from evensong.client.context import Context
 from evensong.client.errors import UnfitError
 from evensong.client.model import Material, open_training_session
-from evensong.client.train import Training, run_epochs
+from evensong.client.train import BetweenSteps, Training, run_epochs
 from evensong.client.trust import TrustedModel
-from evensong.client.work import watch
 from evensong.mobile_runtime.session import Session
 from evensong.wire.program import VariableFlag
 from evensong.wire.tensors import encode_tensors, layout_of
@@ -29,11 +27,13 @@ class Recipe:
     trainable: tuple[str, ...] = ()
 
 
-def personalize(context: Context, material: Material, recipe: Recipe, stop: threading.Event) -> Training:
+def personalize(
+    context: Context, material: Material, recipe: Recipe, between_steps: BetweenSteps = lambda: None
+) -> Training:
     """Trains from the version and the personal tensors, and stores the result as the overlay of this version.
 
-    A version of its own, starting afresh each time: nothing of it travels. Raises :class:`DivergedError`,
-    :class:`UnfitError` or :class:`ConditionsChangedError` with the former overlay left as it was.
+    Starts afresh each time, and nothing of it travels. Raises :class:`DivergedError`, :class:`UnfitError` or what
+    ``between_steps`` raises, with the former overlay left as it was.
     """
     model = material.model
     order = context.randomness.generator()
@@ -48,7 +48,7 @@ def personalize(context: Context, material: Material, recipe: Recipe, stop: thre
             learning_rate=recipe.learning_rate,
             order=order,
             most_steps=context.limits.training_steps,
-            between_steps=watch(context, stop),
+            between_steps=between_steps,
             on_step=lambda step, steps, result: context.callbacks.emit(
                 StepDone(model.task_id, step, steps, result.loss)
             ),

@@ -1,8 +1,8 @@
 """One assignment from start to end, crash-safe: each stage is stored before the next begins.
 
-    ASSIGNED --train, seal--> SEALED ----begin, chunks, commit--> done
-        |----evaluate-------> MEASURED --report-----------------> done
-        `----cannot---------> GIVEN_UP --abort------------------> done
+    ASSIGNED --train, seal--> SEALED --begin, chunks--> UPLOADED --commit--> done
+        |----evaluate-------> MEASURED ----------------------------report--> done
+        `----cannot---------> GIVEN_UP -----------------------------abort--> done
 
 From any stage the end of the lease, or a refusal, drops the work. Network and disk failures leave it where it is.
 """
@@ -19,6 +19,7 @@ from evensong.client.callbacks import GaveUp, Refused, RoundStarted, Sealed, Ste
 from evensong.client.context import Context, Result
 from evensong.client.enrol import signer_public_key
 from evensong.client.errors import (
+    ClientError,
     ConditionsChangedError,
     LeaseExpiredError,
     RefusedError,
@@ -39,7 +40,7 @@ from evensong.client.upload import upload
 from evensong.mobile_runtime.errors import DivergedError, RuntimeFault
 from evensong.mobile_runtime.session import Evaluation, StepResult
 from evensong.v1 import common_pb2, device_pb2, task_pb2
-from evensong.wire.errors import UnreachableError, UpdateError
+from evensong.wire.errors import EvensongError, UnreachableError, UpdateError
 
 _log = logging.getLogger("evensong.client")
 
@@ -79,7 +80,7 @@ async def _compute(context: Context, work: Work, assignment: device_pb2.Assignme
     """The next stage, stored: SEALED, MEASURED or GIVEN_UP."""
     try:
         if work.attempts >= context.limits.attempts:
-            raise RuntimeError(f"the process ended {work.attempts} times during this work")
+            raise ClientError(f"the process ended {work.attempts} times during this work")
         model = trust(
             assignment.bundle,
             assignment.version,
@@ -199,7 +200,10 @@ def watch(context: Context, stop: threading.Event, deadline_unix_ms: int | None 
 
 
 def _give_up(context: Context, work: Work, reason: int, error: BaseException) -> Work:
-    work = replace(work, stage=Stage.GIVEN_UP, reason=reason, message=printable(f"{error}") or type(error).__name__)
+    """What is told to the coordinator names the failure only: the rest of an error may quote examples or paths."""
+    told = error.what if isinstance(error, EvensongError) else type(error).__name__
+    _log.info("work is given back: %s", error)
+    work = replace(work, stage=Stage.GIVEN_UP, reason=reason, message=printable(told))
     context.state.set_work(work)
     return work
 
@@ -218,26 +222,43 @@ def _step_reporter(context: Context, task_id: str) -> Callable[[int, int, StepRe
 
 async def _deliver(context: Context, work: Work, assignment: device_pb2.Assignment) -> Outcome:
     """The call or calls that end the work; then it is forgotten."""
-    lease = assignment.lease
-    version = task_pb2.VersionManifest.FromString(assignment.version.payload).number if work.metrics else 0
-    metrics = common_pb2.Metrics.FromString(work.metrics)
-    task_id = assignment.task_id
-    if work.stage in (Stage.SEALED, Stage.UPLOADED):
-        committed, sent = await upload(context, work, lease)
-        context.state.clear_work()
-        context.callbacks.emit(Uploaded(task_id, assignment.round, sent))
-        loss = metrics.loss_sum / metrics.examples
-        size = len(work.update or b"")
-        wait = draw_wait(committed.retry, context.randomness)
-        return Trained(wait, task_id, assignment.round, version, metrics.examples, loss, size)
+    if work.stage == Stage.GIVEN_UP:
+        return await _abort(context, work, assignment)
     if work.stage == Stage.MEASURED:
-        report = device_pb2.ReportRequest(request_id=work.request_id, lease=lease, metrics=metrics)
-        reported = await context.calls.report(report)
-        context.state.clear_work()
-        wait = draw_wait(reported.retry, context.randomness)
-        loss = metrics.loss_sum / metrics.examples
-        return Evaluated(wait, task_id, version, metrics.examples, loss, metrics.correct)
-    return await _abort(context, work, assignment)
+        return await _report(context, work, assignment)
+    return await _commit(context, work, assignment)
+
+
+async def _commit(context: Context, work: Work, assignment: device_pb2.Assignment) -> Trained:
+    committed, sent = await upload(context, work, assignment.lease)
+    context.state.clear_work()
+    context.callbacks.emit(Uploaded(assignment.task_id, assignment.round, sent))
+    metrics = common_pb2.Metrics.FromString(work.metrics)
+    return Trained(
+        draw_wait(committed.retry, context.randomness),
+        assignment.task_id,
+        assignment.round,
+        _version_of(assignment),
+        metrics.examples,
+        metrics.loss_sum / metrics.examples,
+        len(work.update or b""),
+    )
+
+
+async def _report(context: Context, work: Work, assignment: device_pb2.Assignment) -> Evaluated:
+    metrics = common_pb2.Metrics.FromString(work.metrics)
+    reported = await context.calls.report(
+        device_pb2.ReportRequest(request_id=work.request_id, lease=assignment.lease, metrics=metrics)
+    )
+    context.state.clear_work()
+    return Evaluated(
+        draw_wait(reported.retry, context.randomness),
+        assignment.task_id,
+        _version_of(assignment),
+        metrics.examples,
+        metrics.loss_sum / metrics.examples,
+        metrics.correct,
+    )
 
 
 async def _abort(context: Context, work: Work, assignment: device_pb2.Assignment) -> Outcome:
@@ -265,6 +286,11 @@ def _drop(
     context.state.clear_work()
     context.callbacks.emit(Refused(assignment.task_id, reason, message))
     return Dropped(draw_wait(retry, context.randomness), assignment.task_id, reason, message)
+
+
+def _version_of(assignment: device_pb2.Assignment) -> int:
+    """Of work that was verified when it was computed."""
+    return task_pb2.VersionManifest.FromString(assignment.version.payload).number
 
 
 def _check_lease(context: Context, work: Work) -> None:
