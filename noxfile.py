@@ -1,4 +1,4 @@
-"""Sessions for developers: ``nox -s tests``, ``nox -s lint``, ``nox -s generate``, ``nox -s slow``, ``nox -s benchmarks``."""
+"""Sessions for developers: ``nox --list`` names them."""
 
 from __future__ import annotations
 

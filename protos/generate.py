@@ -1,4 +1,7 @@
-"""Regenerates the committed protobuf code: ``python protos/generate.py [--check]``. Needs the pinned grpcio-tools of the extra ``dev``."""
+"""Regenerates the committed protobuf code: ``python protos/generate.py [--check]``.
+
+Needs the grpcio-tools that the extra ``dev`` pins: another release writes other code.
+"""
 
 from __future__ import annotations
 
