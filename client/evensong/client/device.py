@@ -226,7 +226,8 @@ class Device:
         """Adapts the served version to the local training examples; what is not given is as the task says.
 
         Nothing of it leaves the device. It runs now, whatever the conditions, and is repeated in the same way in a
-        quiet moment after a new version is served. Raises :class:`NoModelError`, :class:`UnfitError`, :class:`DivergedError`.
+        quiet moment after a new version is served.
+        Raises :class:`NoModelError`, :class:`UnfitError`, :class:`DivergedError`.
         """
         material = self._serving.material(task)
         training = personalize(self._context, material, recipe_of(material.model, epochs, learning_rate, trainable))
