@@ -15,7 +15,8 @@ def softmax(call: Call, x: Array) -> Array:
 
 
 def softmax_grad(call: Call, dy: Array, y: Array) -> Array:
-    return y * (dy - (dy * y).sum(axis=-1, keepdims=True))
+    dy, y = rows(dy), rows(y)
+    return y * (dy - (dy * y).sum(axis=1, keepdims=True))
 
 
 def log_softmax(call: Call, x: Array) -> Array:
@@ -24,7 +25,8 @@ def log_softmax(call: Call, x: Array) -> Array:
 
 
 def log_softmax_grad(call: Call, dy: Array, y: Array) -> Array:
-    return dy - np.exp(y) * dy.sum(axis=-1, keepdims=True)
+    dy, y = rows(dy), rows(y)
+    return dy - np.exp(y) * dy.sum(axis=1, keepdims=True)
 
 
 def cross_entropy(call: Call, logits: Array, labels: Array) -> tuple[Array, Array, Array]:
