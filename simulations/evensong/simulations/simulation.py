@@ -77,7 +77,7 @@ def simulate(
 ) -> SimulationResult:
     """Runs ``task`` to its end on ``clients``, one real :class:`Device` each.
 
-    ``network`` decides delays and losses, ``compute_seconds`` how long a device works on one assignment (uniform).
+    ``network`` decides delays and losses, ``compute_seconds`` how long each computation of a device takes (uniform).
     ``progress`` sees each event of the task as it happens. Raises :class:`SimulationError` if the task fails, or has
     not ended after ``time_limit_seconds`` of simulated time (as when no device can train it).
     """
