@@ -4,10 +4,10 @@ fail."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from evensong.wire.errors import EvensongError
 
 _TAIL_LINES = 15
 _GRACE_S = 5.0
-_PR_SET_PDEATHSIG = 1
+_LEASH = (sys.executable, "-I", "-S", str(Path(__file__).with_name("leash.py")))
 
 
 class ChildError(EvensongError):
@@ -40,13 +40,12 @@ class Children:
         """
         with self.log(name).open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                arguments,
+                [*_LEASH, str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
 
     def log(self, name: str) -> Path:
@@ -112,22 +111,5 @@ class Children:
         return "\n".join(["It wrote at the end:", *(f"  {line}" for line in lines[-_TAIL_LINES:])])
 
 
-def _die_with_parent() -> None:
-    """Between fork and exec: Linux sends SIGTERM to this process when the thread that started it ends."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
-def _libc() -> ctypes.CDLL | None:
-    with contextlib.suppress(OSError):
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "prctl"):
-            return libc
-    return None  # not Linux: leaving the with block is all there is
-
-
 def _reason(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-
-
-_LIBC = _libc()
