@@ -44,9 +44,7 @@ def export_state(name: str, strategy: object, fresh: object) -> bytes:
             if own or attribute not in configured or described != before:
                 attributes[attribute] = described
                 arrays += own
-        elif (
-            before is not _UNKNOWN
-        ):  # what is unknown in a fresh strategy is taken for configuration, such as a function
+        elif before is not _UNKNOWN:  # unknown in a fresh strategy too: configuration, such as a function
             raise StrategyError(
                 f"strategy {name!r} remembers something that cannot be stored",
                 expected=f"numbers, text, arrays, and lists or dicts of them in {attribute!r}",
@@ -90,24 +88,21 @@ _UNKNOWN = object()
 
 def _describe(value: object, arrays: Arrays, first: int) -> Any:
     """JSON for ``value``; its arrays go to ``arrays``, the first of them being number ``first`` of the file."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return {"float": value.hex()}
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
         array = np.asarray(value)
         arrays.append(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(array.shape))
         return {"array": first + len(arrays) - 1}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return {"float": value.hex()}
     if isinstance(value, list | tuple):
         items = [_describe(item, arrays, first) for item in value]
-        return (
-            _UNKNOWN
-            if any(item is _UNKNOWN for item in items)
-            else {"list" if isinstance(value, list) else "tuple": items}
-        )
+        kind = "list" if isinstance(value, list) else "tuple"
+        return _UNKNOWN if any(item is _UNKNOWN for item in items) else {kind: items}
     if type(value) is dict and all(isinstance(key, str) for key in value):
-        entries = {key: _describe(item, arrays, first) for key, item in value.items()}
-        return _UNKNOWN if any(entry is _UNKNOWN for entry in entries.values()) else {"dict": list(entries.items())}
+        entries = [(key, _describe(item, arrays, first)) for key, item in value.items()]
+        return _UNKNOWN if any(entry is _UNKNOWN for _, entry in entries) else {"dict": entries}
     return _UNKNOWN
 
 
