@@ -94,6 +94,7 @@ def test_what_mixes_examples_is_refused(function: Callable[[torch.Tensor], torch
         ({"trainable": ["head.*"]}, "no parameter matches 'head.*'"),
         ({"batch_size": 0}, "batch_size"),
         ({"predict_batch": -1}, "predict_batch"),
+        ({"labels": ["yes", "no"]}, "6 names"),
         ({"quantize": PostTrainingInt8(np.zeros((4, 7), np.float32)), "trainable": "none"}, "calibration examples"),
         ({"quantize": PostTrainingInt8([]), "trainable": "none"}, "calibration examples"),
     ],
@@ -147,6 +148,11 @@ def test_a_budget_that_cannot_be_met_shows_what_takes_the_memory() -> None:
         compile(model, X, batch_size=8, memory_budget=peak - 1)
     assert f"{peak:,}" in str(caught.value) and f"{peak - 1:,}" in str(caught.value)
     assert "8x500" in caught.value.table and "0 (Linear)" in caught.value.table
+
+
+def test_float64_examples_are_taken_for_float32() -> None:
+    model = nn.Linear(6, 6)
+    assert compile(model, np.zeros((4, 6))).hash == compile(model, X).hash == compile(model, [X]).hash
 
 
 def test_the_model_keeps_its_modes() -> None:

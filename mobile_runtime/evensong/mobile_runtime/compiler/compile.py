@@ -86,6 +86,7 @@ def compile(
     graphs.append((_evaluate(inference, weights, calibrator, chosen_loss), batch_size))
     predict, description = _predict(inference, weights, calibrator)
     graphs.append((predict, predict_batch))
+    _check_labels(labels, predict.outputs["output"].dims)
 
     # 3. plan the memory, 4. write the artifact
     planned = [(graph, plan(graph, batch), batch) for graph, batch in reversed(graphs)]
@@ -208,7 +209,14 @@ def _describe(port: str, value: Value) -> dict[str, object]:
 def _tensors(example_inputs: Any) -> list[torch.Tensor]:
     several = isinstance(example_inputs, (list, tuple)) and any(hasattr(item, "shape") for item in example_inputs)
     examples = list(example_inputs) if several else [example_inputs]
-    return [item if isinstance(item, torch.Tensor) else torch.as_tensor(item) for item in examples]
+    tensors = [item if isinstance(item, torch.Tensor) else torch.as_tensor(item) for item in examples]
+    return [tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64) for tensor in tensors]
+
+
+def _check_labels(labels: Sequence[str] | None, shape: tuple[int, ...]) -> None:
+    classes = shape[1] if len(shape) > 1 else 1
+    if labels is not None and len(labels) != classes:
+        raise CompileError("labels do not fit the model's result", expected=f"{classes} names", got=len(labels))
 
 
 def _check_sizes(batch_size: int, predict_batch: int) -> None:
