@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from evensong.mobile_runtime.errors import DivergedError
@@ -40,8 +38,9 @@ def adam(
         g = g + np.float32(weight_decay) * w
     m[...] = np.float32(beta1) * m + np.float32(1 - beta1) * g
     v[...] = np.float32(beta2) * v + np.float32(1 - beta2) * g * g
-    step_size = call.clock.learning_rate / (1 - beta1**call.clock.step)
-    root = np.sqrt(v) / np.float32(math.sqrt(1 - beta2**call.clock.step))
+    bias1, bias2 = 1 - np.float64(beta1) ** call.clock.step, 1 - np.float64(beta2) ** call.clock.step
+    step_size = call.clock.learning_rate / bias1
+    root = np.sqrt(v) / np.float32(np.sqrt(bias2))
     w -= np.float32(step_size) * m / (root + np.float32(eps))
     check_finite(w)
 

@@ -278,7 +278,6 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
     "QADD": _quantized,
     "QMAX_POOL2D": _quantized_pool,
     "QAVG_POOL2D": _quantized_pool,
-    "QLUT": _quantized,
 }
 
 # ------------------------------------------------------------------------------------------------- amount of work
