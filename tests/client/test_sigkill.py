@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,26 @@ def test_the_next_process_finishes_the_round_and_it_counts_once(daemon: Daemon, 
     [initial, trained] = daemon.ask(daemon.operator.versions(task_id))
     assert (initial.manifest.number, trained.manifest.number, trained.reports) == (0, 1, 1)
     assert trained.total_weight == 200 and trained.training.examples == 1000
+
+
+def test_enrolment_by_command_and_a_service_manager_that_stops_it(daemon: Daemon, tmp_path: Path) -> None:
+    token = daemon.ask(daemon.operator.token(2, request_id=b"command-01234567"))
+    command = [sys.executable, "-m", "evensong.client.command", "device"]
+    to = ["--coordinator", daemon.address]
+    enrol = [*command, "enrol", "--state", str(tmp_path / "one"), *to, "--token", "-"]
+    device_id = subprocess.run(enrol, input=token, capture_output=True, text=True, check=True).stdout.strip()
+    assert len(device_id) == 32
+
+    run = [*command, "run", "--state", str(tmp_path / "two"), *to, "--token", token, "--always", "--json"]
+    running = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None and json.loads(running.stdout.readline())["event"] == "Enrolled"
+    running.send_signal(signal.SIGTERM)  # in the check-in that the coordinator holds
+    running.communicate(timeout=30)
+    assert running.returncode == 0
+
+    status = [*command, "status", "--state", str(tmp_path / "two")]
+    told = json.loads(subprocess.run(status, capture_output=True, text=True, check=True).stdout)
+    assert told["enrolled"] and told["device_id"] != device_id
 
 
 def start(state: Path, address: str, token: str, population: str) -> subprocess.Popen[str]:

@@ -193,6 +193,7 @@ class Device:
             await self._personalize_new_versions()
             return Idle(draw_wait(answer.retry, context.randomness), answer.refused.name if answer.refused else None)
         outcome = await execute(context, answer.work)
+        self._serving.refresh()  # training may have changed the personal tensors
         await self._serving.adopt(answer.serving)
         return outcome
 

@@ -8,6 +8,7 @@ import logging
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -105,15 +106,19 @@ def _run(arguments: argparse.Namespace) -> int:
         show(outcome)
         return bool(arguments.once)
 
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends as Ctrl-C does, in order
-    with _device(
-        arguments,
-        token=arguments.token,
-        conditions=AlwaysReady() if arguments.always else LinuxConditions(),
-        memory_bytes=arguments.memory << 20,
-        callbacks=[show] if arguments.json else [],
-    ) as device:
-        device.run(until=seen)
+    terminated = _interrupt_on_sigterm()
+    try:
+        with _device(
+            arguments,
+            token=arguments.token,
+            conditions=AlwaysReady() if arguments.always else LinuxConditions(),
+            memory_bytes=arguments.memory << 20,
+            callbacks=[show] if arguments.json else [],
+        ) as device:
+            device.run(until=seen)
+    except KeyboardInterrupt:
+        if not terminated.is_set():
+            raise
     return 0
 
 
@@ -231,6 +236,18 @@ def _tls_options(arguments: argparse.Namespace) -> Any:
             raise ClientError(f"{path} cannot be read", got=error.strerror) from error
 
     return Tls(read(arguments.tls_ca), read(arguments.tls_key), read(arguments.tls_certificate))
+
+
+def _interrupt_on_sigterm() -> threading.Event:
+    """A service manager's SIGTERM ends the device as Ctrl-C does, with its state in order; the event tells which."""
+    terminated = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        terminated.set()
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    return terminated
 
 
 def _examples(arguments: argparse.Namespace) -> ExampleStore:

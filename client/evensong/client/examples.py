@@ -186,10 +186,10 @@ class ExampleStore:
         """The rows of ``ids`` that still exist, in that order, one array a field."""
         data: dict[int, bytes] = {}
         for start in range(0, len(ids), 500):
-            some = [int(number) for number in ids[start : start + 500]]
+            some = ids[start : start + 500].tolist()
             marks = ",".join("?" * len(some))
             data.update(self._database.rows(f"SELECT id, data FROM examples WHERE id IN ({marks})", some))
-        blobs = [data[number] for number in map(int, ids) if number in data]
+        blobs = [data[number] for number in ids.tolist() if number in data]
         table = np.frombuffer(b"".join(blobs), np.uint8).reshape(len(blobs), sum(field.nbytes for field in fields))
         arrays, offset = [], 0
         for field in fields:

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from evensong.client.context import Context
 from evensong.client.errors import UntrustedError
 from evensong.client.fetch import fetch
@@ -16,7 +14,7 @@ from evensong.mobile_runtime.session import Array, Session
 from evensong.v1 import task_pb2
 from evensong.wire.artifact import decode_artifact
 from evensong.wire.errors import WireError
-from evensong.wire.program import Artifact, DType
+from evensong.wire.program import Artifact
 from evensong.wire.tensors import Layout, decode_tensors, encode_tensors, layout_of
 
 _log = logging.getLogger("evensong.client")
@@ -69,7 +67,7 @@ def open_session(context: Context, material: Material, seed: int = 0) -> Session
     """A session with the version's tensors and the personal ones; the caller closes it."""
     session = context.load(material.artifact_bytes)
     try:
-        session.reset(seed=seed)
+        session.reset(seed=seed)  # personal tensors that were never trained here are the artifact's
         session.set({**material.reference, **personal_tensors(context, material)})
     except BaseException:
         session.close()
@@ -84,15 +82,15 @@ def personal_layout(material: Material) -> Layout:
 
 
 def personal_tensors(context: Context, material: Material) -> dict[str, Array]:
-    """The personal tensors as trained here; the artifact's own before the first training."""
-    layout = personal_layout(material)
-    stored = context.state.personal(material.model.task_id) if layout else None
-    if stored is not None:
-        try:
-            return dict(decode_tensors(stored, layout))
-        except WireError as error:  # the task's artifact cannot change, so this is damage: start from the artifact's
-            _log.warning("personal tensors of %s are unusable: %s", material.model.task_id, error)
-    return initial_tensors(material.artifact, [spec.name for spec in layout])
+    """The personal tensors as trained here; none before the first training."""
+    stored = context.state.personal(material.model.task_id)
+    if stored is None:
+        return {}
+    try:
+        return dict(decode_tensors(stored, personal_layout(material)))
+    except WireError as error:  # a task's artifact never changes, so this is damage
+        _log.warning("personal tensors of %s are unusable: %s", material.model.task_id, error)
+        return {}
 
 
 def store_personal(context: Context, material: Material, tensors: dict[str, Array]) -> None:
@@ -103,17 +101,7 @@ def store_personal(context: Context, material: Material, tensors: dict[str, Arra
 
 
 def _served_blobs(context: Context) -> Iterator[bytes]:
-    for row in context.state.served():  # verified before they were stored
+    """What ``predict`` needs; the rows were verified before they were stored."""
+    for row in context.state.served():
         bundle, version = (task_pb2.SignedBlob.FromString(blob).payload for blob in (row.bundle, row.version))
         yield from blobs_of(task_pb2.TaskBundle.FromString(bundle), task_pb2.VersionManifest.FromString(version))
-
-
-def initial_tensors(artifact: Artifact, names: list[str]) -> dict[str, Array]:
-    """Initial values of float32 variables, in the author's shapes."""
-    values = {}
-    for variable in artifact.variables:
-        if variable.name in names and variable.dtype == DType.F32:
-            count = int(np.prod(variable.dims, dtype=np.int64))
-            flat = np.frombuffer(artifact.state, "<f4", count, variable.offset)
-            values[variable.name] = flat.reshape(variable.dims).transpose(variable.perm).copy()
-    return values

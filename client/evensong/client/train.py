@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -49,6 +49,7 @@ def train(
     plan: task_pb2.LocalPlan,
     *,
     reference: Mapping[str, npt.ArrayLike],
+    personal: Iterable[str],
     examples: Examples,
     learning_rate: float,
     order: np.random.Generator,
@@ -58,6 +59,7 @@ def train(
 ) -> LocalUpdate:
     """Local SGD (McMahan et al. 2017, ClientUpdate) over shuffled local examples, from where ``session`` stands.
 
+    ``reference`` are the tensors that travel, as they were; ``personal`` names those that stay.
     Raises :class:`DivergedError`, :class:`UnfitError` (too few examples, too much work), :class:`ExampleError`
     (examples that are not the artifact's), and whatever ``between_steps`` raises.
     """
@@ -68,13 +70,13 @@ def train(
         batch_size=plan.batch_size,
         learning_rate=learning_rate,
         order=order,
-        most_steps=most_steps if not plan.max_steps else min(plan.max_steps, most_steps),
-        may_stop_early=bool(plan.max_steps) and plan.max_steps <= most_steps,
+        max_steps=plan.max_steps,
+        most_steps=most_steps,
         min_examples=plan.min_examples,
         between_steps=between_steps,
         on_step=on_step,
     )
-    return LocalUpdate(training, session.delta(reference), session.get(personal_names(session, reference)))
+    return LocalUpdate(training, session.delta(reference), session.get(personal))
 
 
 def run_epochs(
@@ -86,20 +88,21 @@ def run_epochs(
     learning_rate: float,
     order: np.random.Generator,
     most_steps: int,
-    may_stop_early: bool = False,
+    max_steps: int = 0,
     min_examples: int = 1,
     between_steps: BetweenSteps,
     on_step: OnStep,
 ) -> Training:
-    """``epochs`` passes, each in a new order. More than ``most_steps`` are cut if ``may_stop_early``, else refused."""
+    """``epochs`` passes, each in a new order, cut after ``max_steps`` if not 0; more than ``most_steps`` is refused."""
     count = examples.count("train")
     if count < max(1, min_examples):
         raise UnfitError("there are too few training examples", expected=f"at least {max(1, min_examples)}", got=count)
     batch_size = _batch_size(session, batch_size)
     steps = epochs * math.ceil(count / batch_size)
-    if steps > most_steps and not may_stop_early:
+    if max_steps:
+        steps = min(steps, max_steps)
+    if steps > most_steps:
         raise UnfitError("the task asks for too much work", expected=f"at most {most_steps} steps", got=steps)
-    steps = min(steps, most_steps)
     done = seen = correct = 0
     loss_sum = 0.0
     passes = chain.from_iterable(examples.batches(batch_size, order=order) for _ in range(epochs))
@@ -124,13 +127,6 @@ def learning_rate_of(plan: task_pb2.LocalPlan, round_number: int, rounds: int) -
         return plan.learning_rate
     progress = min(max((round_number - 1) / (rounds - 1), 0.0), 1.0)
     return plan.learning_rate + progress * (plan.final_learning_rate - plan.learning_rate)
-
-
-def personal_names(session: Session, reference: Mapping[str, object]) -> list[str]:
-    """The float32 variables that do not travel."""
-    return [
-        name for name, variable in session.variables.items() if name not in reference and variable.dtype.numpy == "<f4"
-    ]
 
 
 def model_inputs(batch: Batch) -> npt.ArrayLike | tuple[Array, ...]:

@@ -29,7 +29,14 @@ from evensong.client.errors import (
     printable,
 )
 from evensong.client.evaluate import evaluate
-from evensong.client.model import Material, obtain, open_session, open_training_session, store_personal
+from evensong.client.model import (
+    Material,
+    obtain,
+    open_session,
+    open_training_session,
+    personal_layout,
+    store_personal,
+)
 from evensong.client.outcomes import Aborted, Dropped, Evaluated, Outcome, Postponed, Trained
 from evensong.client.pacing import draw_wait
 from evensong.client.seal import seal
@@ -126,6 +133,7 @@ async def _train_and_seal(context: Context, work: Work, assignment: device_pb2.A
                 session,
                 plan.local,
                 reference=material.reference,
+                personal=[spec.name for spec in personal_layout(material)],
                 examples=context.examples,
                 learning_rate=learning_rate_of(plan.local, assignment.round, plan.round.rounds),
                 order=order,
