@@ -101,8 +101,8 @@ def run_one(
 ) -> list[Array]:
     """Runs ``op`` once and returns its outputs, then the operands that it updated, in the order of its specification.
 
-    A plain array is an unbatched input, a plain shape an unbatched float32 output; attributes left out are 0. ``inplace``
-    is a pair of ``OpSpec.inplace``: that input and that output then share one place in the arena.
+    A plain array is an unbatched input, a plain shape an unbatched float32 output; attributes left out are 0.
+    ``inplace`` is a pair of ``OpSpec.inplace``: that input and that output then share one place in the arena.
     """
     given = [x if isinstance(x, Given) else Given(np.asarray(x)) for x in inputs]
     wanted = [y if isinstance(y, Wanted) else Wanted(y) for y in outputs]
@@ -148,7 +148,7 @@ def check_everywhere(
     atol: float = 0.0,
     **options: Any,
 ) -> None:
-    """Compares what :func:`run_one` gives on every instruction set with ``expected``; without tolerances bit for bit."""
+    """Compares :func:`run_one` on every instruction set with ``expected``; without tolerances bit for bit."""
     for name in instruction_sets():
         results = run_one(op, inputs, outputs, machine=native_machine(name), **options)
         assert len(results) == len(expected)

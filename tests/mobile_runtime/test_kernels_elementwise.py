@@ -1,4 +1,4 @@
-"""Element-wise operations, reductions and dropout against float64 and torch, on every instruction set of this machine."""
+"""Element-wise operations, reductions and dropout against float64 and torch, on every instruction set."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_a_hostile_multiplier_gives_bytes_within_the_bounds(multiplier: float) -
     check_everywhere("QLINEAR", [x, w, bias, factors], [wanted], [y], lo=-100, hi=100)
 
 
-# ---------------------------------------------------------------------------------------------------------- element-wise
+# ------------------------------------------------------------------------------------------------------ element-wise
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,10 +11,9 @@
 namespace evensong {
 namespace EVENSONG_ISA {
 
-// What both forms need to know. `w_end` is one past the last weight of the whole tensor.
+// What both forms need to know.
 struct Int8Layer {
-    const int8_t* w;  // [outputs, depth]
-    const int8_t* w_end;
+    const int8_t* w;          // [outputs, depth]
     const float* bias;        // [outputs], int32 bits
     const float* multiplier;  // [outputs]
     size_t depth, outputs;
@@ -38,17 +37,6 @@ EVENSONG_INLINE Ints dot_weights(const int8_t* w) { return dot_activations(w); }
 EVENSONG_INLINE Ints dot_step(Ints sum, Ints x, Ints w) { return dot_groups(sum, x, w); }
 #endif
 
-struct Square {
-    Ints4 line[4];
-};
-// Lane i of line j is lane j of row i.
-EVENSONG_INLINE Square turn(Ints4 a, Ints4 b, Ints4 c, Ints4 d) {
-    const Ints4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Ints4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return {{__builtin_shufflevector(ab0, cd0, 0, 1, 4, 5), __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7),
-             __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5), __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7)}};
-}
-
 // The sums of four vectors, one to a lane.
 EVENSONG_INLINE Ints4 sum_each(const Ints* v) {
     const Square t = turn(fold_to_four<Ints4>(v[0]), fold_to_four<Ints4>(v[1]), fold_to_four<Ints4>(v[2]),
@@ -56,14 +44,16 @@ EVENSONG_INLINE Ints4 sum_each(const Ints* v) {
     return (t.line[0] + t.line[1]) + (t.line[2] + t.line[3]);
 }
 
-// y[outputs] of one row x[depth].
+// y[outputs] of one row x[depth], depth >= kDotStep.
 static void multiply_row(const Int8Layer& layer, const int8_t* x, int8_t* y) {
-    const size_t depth = layer.depth, whole = depth / kDotStep * kDotStep, rest = depth - whole;
+    // Where the depth is no multiple of a step, a last step ends with the row; there x is zero where it was multiplied
+    // before.
+    const size_t depth = layer.depth, whole = depth / kDotStep * kDotStep, last = depth - kDotStep;
     int8_t buffer[kDotStep] = {};
-    for (size_t k = whole; k < depth; ++k) buffer[k - whole] = x[k];
-    const Ints x_rest = dot_activations(buffer);
+    for (size_t k = whole; k < depth; ++k) buffer[k - last] = x[k];
+    const Ints x_last = dot_activations(buffer);
 
-    Ints start = dot_step(Ints{}, x_rest, offset_groups());
+    Ints start = dot_step(Ints{}, x_last, offset_groups());
     for (size_t k = 0; k < whole; k += kDotStep) start = dot_step(start, dot_activations(x + k), offset_groups());
     start = -start;
 
@@ -72,24 +62,16 @@ static void multiply_row(const Int8Layer& layer, const int8_t* x, int8_t* y) {
         int32_t totals[kLanes] = {};
         for (size_t o = 0; o < kLanes && o < live; o += 4) {
             const int8_t* w[4];  // outputs that do not exist repeat the last one
+            Ints sums[4];
             EVENSONG_UNROLL
-            for (size_t j = 0; j < 4; ++j) w[j] = layer.w + (first + (o + j < live ? o + j : live - 1)) * depth;
-            Ints sums[4] = {start, start, start, start};
+            for (size_t j = 0; j < 4; ++j) {
+                w[j] = layer.w + (first + (o + j < live ? o + j : live - 1)) * depth;
+                sums[j] = dot_step(start, x_last, dot_weights(w[j] + last));
+            }
             for (size_t k = 0; k < whole; k += kDotStep) {
                 const Ints cells = dot_activations(x + k);
                 EVENSONG_UNROLL
                 for (size_t j = 0; j < 4; ++j) sums[j] = dot_step(sums[j], cells, dot_weights(w[j] + k));
-            }
-            if (rest) {
-                EVENSONG_UNROLL
-                for (size_t j = 0; j < 4; ++j) {
-                    const int8_t* last = w[j] + whole;  // may run into the next row: there x is zero
-                    if (layer.w_end - last < ptrdiff_t(kDotStep)) {
-                        for (size_t k = 0; k < rest; ++k) buffer[k] = last[k];
-                        last = buffer;
-                    }
-                    sums[j] = dot_step(sums[j], x_rest, dot_weights(last));
-                }
             }
             store_as(totals + o, sum_each(sums));
         }
@@ -151,7 +133,8 @@ static void multiply_tile(const Int8Layer& layer, const Cell* cells, size_t cell
     const size_t groups = cell_stride / kGroup;
     Ints sums[kRows][kVectors];
     EVENSONG_UNROLL
-    for (size_t i = 0; i < kRows * kVectors; ++i) sums[i / kVectors][i % kVectors] = load_as<Ints>(bias + i % kVectors * kLanes);
+    for (size_t i = 0; i < kRows * kVectors; ++i)
+        sums[i / kVectors][i % kVectors] = load_as<Ints>(bias + i % kVectors * kLanes);
     for (size_t g = 0; g < groups; ++g, panel += kPanelColumns * kGroup) {
         Ints weights[kVectors];
         EVENSONG_UNROLL

@@ -8,8 +8,6 @@
 namespace evensong {
 namespace EVENSONG_ISA {
 
-typedef int32_t Ints4 __attribute__((vector_size(16)));
-
 // ------------------------------------------------------------------------------------------------- bytes and lanes
 
 // `live` bytes, at most kLanes of them, each in a 32-bit lane.
@@ -148,25 +146,29 @@ EVENSONG_INLINE Ints4 four_groups(const int8_t* w) { return Ints4(widen_eight(w)
 
 // ------------------------------------------------------------------------------------------------- rows of x
 
-EVENSONG_INLINE void copy_step(int8_t* to, const int8_t* x) { store_as(to, load_as<Ints4>(x)); }
-
-// Copies x[count] as bytes or as cells, in steps of 16: up to 15 items beyond the end are written. Nothing is read from
-// x_end on.
-template <class Item>
-EVENSONG_INLINE void copy_cells(Item* to, const int8_t* x, const int8_t* x_end, size_t count) {
+// Near the end of x: the last step must not read beyond it.
+__attribute__((noinline)) static void copy_last_cells(Cell* to, const int8_t* x, size_t count) {
     for (size_t i = 0; i < count; i += 16) {
-        const int8_t* from = x + i;
-        int8_t buffer[16];
-        if (__builtin_expect(x_end - from < 16, 0)) {
-            for (size_t k = 0; k < 16; ++k) buffer[k] = i + k < count ? from[k] : 0;
-            from = buffer;
-        }
-        copy_step(to + i, from);
+        int8_t buffer[16] = {};
+        for (size_t k = i; k < count && k < i + 16; ++k) buffer[k - i] = x[k];
+        copy_step(to + i, buffer);
     }
 }
 
-template <class Item>
-EVENSONG_INLINE void fill_cells(Item* to, int8_t value, size_t count) {
+// Copies x[count] as cells, in steps of 16: up to 15 cells beyond the end are written. Nothing is read from x_end on.
+EVENSONG_INLINE void copy_cells(Cell* to, const int8_t* x, const int8_t* x_end, size_t count) {
+    if (__builtin_expect(size_t(x_end - x) < count + 15, 0)) {
+        copy_last_cells(to, x, count);
+        return;
+    }
+    size_t i = 0;
+    do {
+        copy_step(to + i, x + i);
+        i += 16;
+    } while (i < count);
+}
+
+EVENSONG_INLINE void fill_cells(Cell* to, int8_t value, size_t count) {
     int8_t buffer[16];
     __builtin_memset(buffer, value, sizeof buffer);
     for (size_t i = 0; i < count; i += 16) copy_step(to + i, buffer);

@@ -274,14 +274,25 @@ Fault dropout(const Call& call) {
     for (size_t start = 0; start < count; start += 4 * kLanes) {
         const RandomBlock random =
             philox(uint32_t(start / 4), uint32_t(call.attr[1].i), call.run->step, call.run->seed);
-        float uniform[4 * kLanes];
-        for (size_t w = 0; w < 4; ++w) {
-            const Floats u = __builtin_convertvector(Ints(random.word[w] >> 8), Floats) * 0x1p-24f;
-            for (size_t lane = 0; lane < kLanes; ++lane) uniform[4 * lane + w] = u[lane];
+        uint32_t words[4 * kLanes];  // in the order of the elements: four for each counter
+        EVENSONG_UNROLL
+        for (size_t q = 0; q < kLanes / 4; ++q) {
+            const Square square = turn(quarter<Ints4>(random.word[0], q), quarter<Ints4>(random.word[1], q),
+                                       quarter<Ints4>(random.word[2], q), quarter<Ints4>(random.word[3], q));
+            store_as(words + 16 * q, square);
         }
         const size_t live = count - start < 4 * kLanes ? count - start : 4 * kLanes;
-        for (size_t i = 0; i < live; ++i) mask[start + i] = uniform[i] >= p;
-        map(x + start, uniform, y + start, live, [=](Floats v, Floats u) { return u >= p ? v * scale : Floats{}; });
+        for (size_t i = 0; i < live; i += kLanes) {
+            const size_t part = live - i;
+            const Floats u = __builtin_convertvector(Ints(load_as<Words>(words + i) >> 8), Floats) * 0x1p-24f;
+            const Ints keep = u >= p;
+            store_upto(y + start + i, keep ? load_upto(x + start + i, part) * scale : Floats{}, part);
+            if (part >= kLanes) {
+                narrow(mask + start + i, keep & 1);
+            } else {
+                for (size_t k = 0; k < part; ++k) mask[start + i + k] = keep[k] != 0;
+            }
+        }
     }
     return Fault::kNone;
 }

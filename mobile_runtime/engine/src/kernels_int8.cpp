@@ -11,34 +11,6 @@ namespace {
 
 constexpr size_t kFewRows = 8;  // at most so many rows do not pay for packing the weights
 
-Int8Layer layer_of(const Call& call, int32_t lo, int32_t hi) {
-    const Operand& w = call.in[1];
-    const size_t outputs = w.dims[0];
-    return {w.i8(),
-            w.i8() + w.elements,
-            call.in[2].f32(),
-            call.in[3].f32(),
-            w.elements / outputs,
-            outputs,
-            outputs,
-            Requantizer(call.out[0].zero_point, lo, hi)};
-}
-
-Fault qlinear(const Call& call) {
-    const Int8Layer layer = layer_of(call, call.attr[0].i, call.attr[1].i);
-    const int8_t* x = call.in[0].i8();
-    int8_t* y = call.out[0].i8_mut();
-    const size_t rows = call.in[0].elements / layer.depth;
-    if (rows <= kFewRows) {
-        for (size_t r = 0; r < rows; ++r) multiply_row(layer, x + r * layer.depth, y + r * layer.outputs);
-        return Fault::kNone;
-    }
-    const int8_t* x_end = x + call.in[0].elements;
-    multiply_rows(layer, rows, y, call.workspace,
-                  [&](size_t row, Cell* cells) { copy_cells(cells, x + row * layer.depth, x_end, layer.depth); });
-    return Fault::kNone;
-}
-
 // ------------------------------------------------------------------------------------------------- convolution
 
 // Values, not references: stores of bytes may alias everything that is not a local copy.
@@ -69,6 +41,11 @@ struct Convolution {
           group_channels(call.in[1].dims[3]),
           line(size_t(width) * channels),
           image(size_t(height) * line) {}
+
+    // Whether every patch is a run of x, and one follows the other: a matrix product over x as it lies.
+    bool is_product() const {
+        return kernel_h == 1 && kernel_w == 1 && stride_h == 1 && stride_w == 1 && !pad_top && !pad_left && groups == 1;
+    }
 };
 
 // The place of an output pixel, counted up without dividing.
@@ -99,8 +76,7 @@ struct Taps {
 
 // The patch of x under one output pixel, [kernel_h, kernel_w, group_channels], as bytes or as cells; padding reads the
 // zero point. Up to 15 items beyond its end are written.
-template <class Item>
-EVENSONG_INLINE void gather_patch(const Convolution& c, size_t group, const Pixel& pixel, Item* patch) {
+__attribute__((noinline)) void gather_patch(const Convolution& c, size_t group, const Pixel& pixel, Cell* patch) {
     const int32_t top = int32_t(pixel.row) * c.stride_h - c.pad_top,
                   left = int32_t(pixel.column) * c.stride_w - c.pad_left;
     const Taps taps(left, c.dilation_w, c.kernel_w, c.width);
@@ -190,36 +166,67 @@ void convolve_depthwise(const Convolution& c, const Call& call, const Requantize
     }
 }
 
-Fault qconv2d(const Call& call) {
-    const Convolution c(call);
-    Int8Layer layer = layer_of(call, call.attr[7].i, call.attr[8].i);
+Int8Layer layer_of(const Call& call, int32_t lo, int32_t hi) {
+    const size_t outputs = call.in[1].dims[0];
+    return {call.in[1].i8(),
+            call.in[2].f32(),
+            call.in[3].f32(),
+            call.in[1].elements / outputs,
+            outputs,
+            outputs,
+            Requantizer(call.out[0].zero_point, lo, hi)};
+}
+
+Fault convolve(const Call& call, const Convolution& c, Int8Layer layer) {
     if (c.group_channels == 1 && c.groups == layer.outputs) {
         convolve_depthwise(c, call, layer.requantize);
         return Fault::kNone;
     }
     const size_t pixels = call.out[0].elements / layer.stride;
+    int8_t* y = call.out[0].i8_mut();
+    if (pixels <= kFewRows && layer.depth >= kDotStep && c.is_product()) {
+        for (size_t p = 0; p < pixels; ++p) multiply_row(layer, c.x + p * layer.depth, y + p * layer.stride);
+        return Fault::kNone;
+    }
     layer.outputs /= c.groups;
     for (size_t group = 0; group < c.groups; ++group) {
-        int8_t* y = call.out[0].i8_mut() + group * layer.outputs;
         Pixel pixel(call.out[0]);
-        if (pixels <= kFewRows) {
-            int8_t* patch = reinterpret_cast<int8_t*>(call.workspace);
-            for (size_t p = 0; p < pixels; ++p, pixel.next()) {
-                gather_patch(c, group, pixel, patch);
-                multiply_row(layer, patch, y + p * layer.stride);
-            }
-        } else {
-            multiply_rows(layer, pixels, y, call.workspace, [&](size_t row, Cell* cells) {
-                if (row == 0) pixel = Pixel(call.out[0]);
-                gather_patch(c, group, pixel, cells);
-                pixel.next();
-            });
-        }
+        multiply_rows(layer, pixels, y, call.workspace, [&](size_t row, Cell* cells) {
+            if (row == 0) pixel = Pixel(call.out[0]);
+            gather_patch(c, group, pixel, cells);
+            pixel.next();
+        });
         layer.w += layer.outputs * layer.depth;
         layer.bias += layer.outputs;
         layer.multiplier += layer.outputs;
+        y += layer.outputs;
     }
     return Fault::kNone;
+}
+
+Fault qconv2d(const Call& call) {
+    return convolve(call, Convolution(call), layer_of(call, call.attr[7].i, call.attr[8].i));
+}
+
+void set_image(Operand* operand, uint32_t height, uint32_t channels) {
+    operand->dims[1] = height;
+    operand->dims[2] = 1;
+    operand->dims[3] = channels;
+}
+
+// A convolution of one place over an image of one column.
+Fault qlinear(const Call& call) {
+    const Int8Layer layer = layer_of(call, call.attr[0].i, call.attr[1].i);
+    const uint32_t rows = uint32_t(call.in[0].elements / layer.depth);
+    Operand in[4] = {call.in[0], call.in[1], call.in[2], call.in[3]}, out = call.out[0];
+    in[0].dims[0] = 1;
+    set_image(&in[0], rows, uint32_t(layer.depth));
+    set_image(&in[1], 1, uint32_t(layer.depth));
+    set_image(&out, rows, uint32_t(layer.outputs));
+    Attribute attr[9] = {};
+    attr[0].i = attr[1].i = attr[4].i = attr[5].i = attr[6].i = 1;
+    const Call one = {in, 4, &out, 1, attr, call.workspace, call.run};
+    return convolve(one, Convolution(one), layer);
 }
 
 // ------------------------------------------------------------------------------------------------- element-wise
@@ -267,67 +274,40 @@ Fault qlut(const Call& call) {
 
 // ------------------------------------------------------------------------------------------------- pooling
 
-// The real places of one window: x points to the first, `line` is from row to row.
-struct Places {
-    const int8_t* x;
-    size_t line, channels;
-    int32_t rows, columns;
-};
-
 // Folds the window into each channel with `combine`, then `finish`.
 template <class Combine, class Finish>
-EVENSONG_INLINE void pool_window(const Places& p, int32_t start, int8_t* y, Combine combine, Finish finish) {
-    for (size_t c = 0; c < p.channels; c += kLanes) {
-        const size_t live = p.channels - c;
+EVENSONG_INLINE bool pool_window(const Call& call, const Window& window, int32_t start, Combine combine,
+                                 Finish finish) {
+    for (size_t c = 0; c < window.channels; c += kLanes) {
+        const size_t live = window.channels - c;
+        const int8_t* line = call.in[0].i8() + window.first + c;
         Ints value = splat(start);
-        const int8_t* line = p.x + c;
-        for (int32_t h = 0; h < p.rows; ++h, line += p.line) {
-            for (int32_t w = 0; w < p.columns; ++w)
-                value = combine(value, load_bytes(line + size_t(w) * p.channels, live));
+        for (int32_t h = 0; h < window.rows; ++h, line += window.line) {
+            const int8_t* x = line;
+            for (int32_t w = 0; w < window.columns; ++w, x += window.channels)
+                value = combine(value, load_bytes(x, live));
         }
-        store_bytes(y + c, finish(value), live);
+        store_bytes(call.out[0].i8_mut() + window.pixel + c, finish(value), live);
     }
+    return true;
 }
 
-// Calls body(places, y) for every window.
-template <class Body>
-EVENSONG_INLINE void each_place(const Call& call, Body body) {
-    const PoolGeometry g(call.attr);
-    const Operand &x = call.in[0], &y = call.out[0];
-    const size_t channels = x.last(), line = x.dims[2] * channels;
-    each_window(g, x, y, [&](const Span& rows, const Span& columns, size_t image, size_t pixel) {
-        const int8_t* first =
-            x.i8() + (image * x.dims[1] + size_t(rows.begin)) * line + size_t(columns.begin) * channels;
-        body(Places{first, line, channels, rows.count(), columns.count()}, y.i8_mut() + pixel * channels);
-    });
+bool qmax_window(const Call& call, const Window& window) {
+    return pool_window(
+        call, window, -128, [](Ints best, Ints x) { return x > best ? x : best; }, [](Ints best) { return best; });
 }
 
-__attribute__((noinline)) void max_window(const Places& p, int8_t* y) {
-    pool_window(p, -128, y, [](Ints best, Ints x) { return x > best ? x : best; }, [](Ints best) { return best; });
-}
-
-Fault qmax_pool2d(const Call& call) {
-    each_place(call, max_window);
-    return Fault::kNone;
-}
-
-__attribute__((noinline)) void mean_window(const Places& p, int32_t zero_point, float factor,
-                                           const Requantizer& requantize, int8_t* y) {
-    pool_window(
-        p, 0, y, [=](Ints sum, Ints x) { return sum + (x - zero_point); },
+bool qmean_window(const Call& call, const Window& window) {
+    const Requantizer requantize(call.out[0].zero_point, -128, 127);
+    const int32_t zero_point = call.in[0].zero_point;
+    const float factor = call.attr[7].f / float(window.count);
+    return pool_window(
+        call, window, 0, [=](Ints sum, Ints x) { return sum + (x - zero_point); },
         [=](Ints sum) { return requantize(to_float(sum) * factor); });
 }
 
-Fault qavg_pool2d(const Call& call) {
-    const bool count_include_pad = call.attr[6].i != 0;
-    const int32_t window = call.attr[0].i * call.attr[1].i;
-    const Requantizer requantize(call.out[0].zero_point, -128, 127);
-    each_place(call, [&](const Places& p, int8_t* y) {
-        const int32_t count = count_include_pad ? window : p.rows * p.columns;
-        mean_window(p, call.in[0].zero_point, call.attr[7].f / float(count), requantize, y);
-    });
-    return Fault::kNone;
-}
+Fault qmax_pool2d(const Call& call) { return each_window(call, call.in[0], call.out[0], false, qmax_window); }
+Fault qavg_pool2d(const Call& call) { return each_window(call, call.in[0], call.out[0], true, qmean_window); }
 
 }  // namespace
 

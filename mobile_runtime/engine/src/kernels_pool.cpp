@@ -35,116 +35,101 @@ EVENSONG_INLINE void store_index(const Operand& index, size_t at, Ints places, s
 }
 
 // The first maximum wins; NaN wins over everything, so that it is not hidden.
-Fault max_pool2d(const Call& call) {
-    const PoolGeometry g(call.attr);
-    const Operand &x = call.in[0], &y = call.out[0];
-    const size_t channels = x.last(), width = x.dims[2], image_pixels = size_t(x.dims[1]) * width;
+bool max_window(const Call& call, const Window& window) {
     const bool wants_index = call.outputs > 1;
-    each_window(g, x, y, [&](const Span& rows, const Span& columns, size_t image, size_t pixel) {
-        for (size_t c = 0; c < channels; c += kLanes) {
-            const size_t live = channels - c;
-            Floats best = splat(-__builtin_inff());
-            Ints place = splat((rows.begin - rows.origin) * g.kernel_w + columns.begin - columns.origin);
-            for (int32_t h = rows.begin; h < rows.end; ++h) {
-                const float* line = x.f32() + (image * image_pixels + size_t(h) * width) * channels + c;
-                int32_t here = (h - rows.origin) * g.kernel_w - columns.origin;
-                for (int32_t w = columns.begin; w < columns.end; ++w) {
-                    const Floats v = load_upto(line + size_t(w) * channels, live);
-                    const Ints larger = (v > best) | (v != v);
-                    best = larger ? v : best;
-                    place = larger ? splat(here + w) : place;
-                }
+    for (size_t c = 0; c < window.channels; c += kLanes) {
+        const size_t live = window.channels - c;
+        const float* line = call.in[0].f32() + window.first + c;
+        Floats best = splat(-__builtin_inff());
+        int32_t here = window.place;
+        Ints place = splat(here);
+        for (int32_t h = 0; h < window.rows; ++h, line += window.line, here += window.kernel_w) {
+            const float* x = line;
+            for (int32_t w = 0; w < window.columns; ++w, x += window.channels) {
+                const Floats v = load_upto(x, live);
+                const Ints larger = (v > best) | (v != v);
+                best = larger ? v : best;
+                place = larger ? splat(here + w) : place;
             }
-            store_upto(y.f32_mut() + pixel * channels + c, best, live);
-            if (wants_index) store_index(call.out[1], pixel * channels + c, place, live);
         }
-    });
-    return Fault::kNone;
+        store_upto(call.out[0].f32_mut() + window.pixel + c, best, live);
+        if (wants_index) store_index(call.out[1], window.pixel + c, place, live);
+    }
+    return true;
 }
 
-void zero(float* x, size_t count) { __builtin_memset(x, 0, count * sizeof *x); }
+Fault max_pool2d(const Call& call) { return each_window(call, call.in[0], call.out[0], false, max_window); }
 
-// Every place of a window takes its dy where the index names it. A place outside the image, or outside the window, is
-// hostile.
-Fault max_pool2d_grad(const Call& call) {
-    const PoolGeometry g(call.attr);
-    const Operand &dy = call.in[0], &index = call.in[1], &dx = call.out[0];
-    const size_t channels = dx.last(), width = dx.dims[2], image_pixels = size_t(dx.dims[1]) * width;
-    zero(dx.f32_mut(), dx.elements);
-    Ints lost = {};  // all ones where no place of the window took the gradient
-    each_window(g, dx, dy, [&](const Span& rows, const Span& columns, size_t image, size_t pixel) {
-        for (size_t c = 0; c < channels; c += kLanes) {
-            const size_t live = channels - c, at = pixel * channels + c;
-            const Floats gradient = load_upto(dy.f32() + at, live);
-            const Ints place = load_index(index, at, live);
-            Ints untaken = lane_numbers() < splat(int32_t(live < kLanes ? live : kLanes));
-            for (int32_t h = rows.begin; h < rows.end; ++h) {
-                float* line = dx.f32_mut() + (image * image_pixels + size_t(h) * width) * channels + c;
-                const int32_t here = (h - rows.origin) * g.kernel_w - columns.origin;
-                for (int32_t w = columns.begin; w < columns.end; ++w) {
-                    const Ints chosen = place == splat(here + w);
-                    float* target = line + size_t(w) * channels;
-                    store_upto(target, load_upto(target, live) + (chosen ? gradient : Floats{}), live);
-                    untaken &= ~chosen;
-                }
+// Every place takes dy where the index names it. An index that names no place of the image is hostile.
+bool max_window_grad(const Call& call, const Window& window) {
+    Ints untaken = {};
+    for (size_t c = 0; c < window.channels; c += kLanes) {
+        const size_t live = window.channels - c;
+        const Floats gradient = load_upto(call.in[0].f32() + window.pixel + c, live);
+        const Ints place = load_index(call.in[1], window.pixel + c, live);
+        Ints open = lane_numbers() < splat(int32_t(live < kLanes ? live : kLanes));
+        float* line = call.out[0].f32_mut() + window.first + c;
+        int32_t here = window.place;
+        for (int32_t h = 0; h < window.rows; ++h, line += window.line, here += window.kernel_w) {
+            float* dx = line;
+            for (int32_t w = 0; w < window.columns; ++w, dx += window.channels) {
+                const Ints chosen = place == splat(here + w);
+                store_upto(dx, load_upto(dx, live) + (chosen ? gradient : Floats{}), live);
+                open &= ~chosen;
             }
-            lost |= untaken;
         }
-    });
-    return any(lost) ? Fault::kIndexOutOfRange : Fault::kNone;
+        untaken |= open;
+    }
+    return !any(untaken);
+}
+
+void zero(const Operand& x) { __builtin_memset(x.data, 0, x.elements * sizeof(float)); }
+
+Fault max_pool2d_grad(const Call& call) {
+    zero(call.out[0]);
+    return each_window(call, call.out[0], call.in[0], false, max_window_grad);
 }
 
 // ------------------------------------------------------------------------------------------------- mean
 
-EVENSONG_INLINE float share_of(const PoolGeometry& g, const Span& rows, const Span& columns, bool count_include_pad) {
-    const int32_t count = count_include_pad ? g.kernel_h * g.kernel_w : rows.count() * columns.count();
-    return 1.0f / float(count);
+bool mean_window(const Call& call, const Window& window) {
+    const float share = 1.0f / float(window.count);
+    for (size_t c = 0; c < window.channels; c += kLanes) {
+        const size_t live = window.channels - c;
+        const float* line = call.in[0].f32() + window.first + c;
+        Floats sum = {};
+        for (int32_t h = 0; h < window.rows; ++h, line += window.line) {
+            const float* x = line;
+            Floats row = {};  // row by row, so that a global mean stays accurate
+            for (int32_t w = 0; w < window.columns; ++w, x += window.channels) row += load_upto(x, live);
+            sum += row;
+        }
+        store_upto(call.out[0].f32_mut() + window.pixel + c, sum * share, live);
+    }
+    return true;
 }
 
-Fault avg_pool2d(const Call& call) {
-    const PoolGeometry g(call.attr);
-    const Operand &x = call.in[0], &y = call.out[0];
-    const size_t channels = x.last(), width = x.dims[2], image_pixels = size_t(x.dims[1]) * width;
-    const bool count_include_pad = call.attr[6].i != 0;
-    each_window(g, x, y, [&](const Span& rows, const Span& columns, size_t image, size_t pixel) {
-        const float share = share_of(g, rows, columns, count_include_pad);
-        for (size_t c = 0; c < channels; c += kLanes) {
-            const size_t live = channels - c;
-            Floats sum = {};
-            for (int32_t h = rows.begin; h < rows.end; ++h) {
-                const float* line = x.f32() + (image * image_pixels + size_t(h) * width) * channels + c;
-                Floats row = {};  // row by row, so that a global mean stays accurate
-                for (int32_t w = columns.begin; w < columns.end; ++w)
-                    row += load_upto(line + size_t(w) * channels, live);
-                sum += row;
+Fault avg_pool2d(const Call& call) { return each_window(call, call.in[0], call.out[0], true, mean_window); }
+
+bool mean_window_grad(const Call& call, const Window& window) {
+    const float share = 1.0f / float(window.count);
+    for (size_t c = 0; c < window.channels; c += kLanes) {
+        const size_t live = window.channels - c;
+        const Floats part = load_upto(call.in[0].f32() + window.pixel + c, live) * share;
+        float* line = call.out[0].f32_mut() + window.first + c;
+        for (int32_t h = 0; h < window.rows; ++h, line += window.line) {
+            float* dx = line;
+            for (int32_t w = 0; w < window.columns; ++w, dx += window.channels) {
+                store_upto(dx, load_upto(dx, live) + part, live);
             }
-            store_upto(y.f32_mut() + pixel * channels + c, sum * share, live);
         }
-    });
-    return Fault::kNone;
+    }
+    return true;
 }
 
 Fault avg_pool2d_grad(const Call& call) {
-    const PoolGeometry g(call.attr);
-    const Operand &dy = call.in[0], &dx = call.out[0];
-    const size_t channels = dx.last(), width = dx.dims[2], image_pixels = size_t(dx.dims[1]) * width;
-    const bool count_include_pad = call.attr[6].i != 0;
-    zero(dx.f32_mut(), dx.elements);
-    each_window(g, dx, dy, [&](const Span& rows, const Span& columns, size_t image, size_t pixel) {
-        const float share = share_of(g, rows, columns, count_include_pad);
-        for (size_t c = 0; c < channels; c += kLanes) {
-            const size_t live = channels - c;
-            const Floats part = load_upto(dy.f32() + pixel * channels + c, live) * share;
-            for (int32_t h = rows.begin; h < rows.end; ++h) {
-                float* line = dx.f32_mut() + (image * image_pixels + size_t(h) * width) * channels + c;
-                for (int32_t w = columns.begin; w < columns.end; ++w) {
-                    float* target = line + size_t(w) * channels;
-                    store_upto(target, load_upto(target, live) + part, live);
-                }
-            }
-        }
-    });
-    return Fault::kNone;
+    zero(call.out[0]);
+    return each_window(call, call.out[0], call.in[0], true, mean_window_grad);
 }
 
 }  // namespace

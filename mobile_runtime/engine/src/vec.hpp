@@ -214,6 +214,18 @@ EVENSONG_INLINE Four fold_to_four(Vector v) {
     return sum;
 }
 
+// Four rows of four lanes, turned: lane i of line j is lane j of row i.
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+struct Square {
+    Ints4 line[4];
+};
+EVENSONG_INLINE Square turn(Ints4 a, Ints4 b, Ints4 c, Ints4 d) {
+    const Ints4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Ints4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return {{__builtin_shufflevector(ab0, cd0, 0, 1, 4, 5), __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7),
+             __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5), __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7)}};
+}
+
 EVENSONG_INLINE float sum_lanes(Floats v) {
     Floats4 s = fold_to_four<Floats4>(v);
     return (s[0] + s[2]) + (s[1] + s[3]);

@@ -1,4 +1,4 @@
-// Where a pooling window meets its image: shared by the float32 and the int8 kernels.
+// Where pooling windows meet their image: shared by the float32 and the int8 kernels.
 #pragma once
 
 #include "kernel.hpp"
@@ -6,16 +6,17 @@
 namespace evensong {
 namespace EVENSONG_ISA {
 
-// The attributes that every pooling operation starts with.
-struct PoolGeometry {
-    int32_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
-
-    explicit PoolGeometry(const Attribute* a)
-        : kernel_h(a[0].i), kernel_w(a[1].i), stride_h(a[2].i), stride_w(a[3].i), pad_top(a[4].i), pad_left(a[5].i) {}
+// The places of one window that lie in the image: `rows` by `columns` of them.
+struct Window {
+    size_t first;           // element of the image where they start, channel 0
+    size_t line, channels;  // elements from row to row and from place to place
+    int32_t rows, columns;
+    int32_t place, kernel_w;  // number of the first of them in the window, and numbers from row to row
+    int32_t count;            // by which a mean divides
+    size_t pixel;             // element of the pooled image, channel 0
 };
 
-// The real positions [begin, end) of a window along one axis, and where the window itself starts (in the padding, if <
-// 0).
+// The real positions [begin, end) of a window along one axis that starts at `origin` (in the padding, if < 0).
 struct Span {
     int32_t origin, begin, end;
 
@@ -23,24 +24,35 @@ struct Span {
         : origin(output * stride - padding),
           begin(origin > 0 ? origin : 0),
           end(origin + kernel < size ? origin + kernel : size) {}
-    int32_t count() const { return end > begin ? end - begin : 0; }
 };
 
-// Calls body(rows, columns, image, pixel) for every output pixel: its spans, the index of its image in the batch, and
-// its own index among all output pixels.
-template <class Body>
-static inline __attribute__((always_inline)) void each_window(const PoolGeometry& g, const Operand& large,
-                                                              const Operand& small, Body body) {
-    size_t pixel = 0;
-    for (uint32_t n = 0; n < small.dims[0]; ++n) {
-        for (uint32_t oh = 0; oh < small.dims[1]; ++oh) {
-            const Span rows(int32_t(oh), g.kernel_h, g.stride_h, g.pad_top, int32_t(large.dims[1]));
-            for (uint32_t ow = 0; ow < small.dims[2]; ++ow, ++pixel) {
-                const Span columns(int32_t(ow), g.kernel_w, g.stride_w, g.pad_left, int32_t(large.dims[2]));
-                body(rows, columns, size_t(n), pixel);
+// Calls body(call, window) for every window; kIndexOutOfRange if any of them gives false. All pooling operations start
+// with the same six attributes, those of means go on with count_include_pad.
+static Fault each_window(const Call& call, const Operand& image, const Operand& pooled, bool mean,
+                         bool (*body)(const Call&, const Window&)) {
+    const Attribute* a = call.attr;
+    Window window = {};
+    window.channels = image.dims[3];
+    window.line = image.dims[2] * window.channels;
+    window.kernel_w = a[1].i;
+    const size_t image_elements = image.dims[1] * window.line;
+    bool sound = true;
+    for (uint32_t n = 0; n < pooled.dims[0]; ++n) {
+        for (uint32_t oh = 0; oh < pooled.dims[1]; ++oh) {
+            const Span rows(int32_t(oh), a[0].i, a[2].i, a[4].i, int32_t(image.dims[1]));
+            window.rows = rows.end - rows.begin;
+            for (uint32_t ow = 0; ow < pooled.dims[2]; ++ow, window.pixel += window.channels) {
+                const Span columns(int32_t(ow), a[1].i, a[3].i, a[5].i, int32_t(image.dims[2]));
+                window.columns = columns.end - columns.begin;
+                window.first =
+                    n * image_elements + size_t(rows.begin) * window.line + size_t(columns.begin) * window.channels;
+                window.place = (rows.begin - rows.origin) * a[1].i + columns.begin - columns.origin;
+                window.count = mean && a[6].i ? a[0].i * a[1].i : window.rows * window.columns;
+                sound &= body(call, window);
             }
         }
     }
+    return sound ? Fault::kNone : Fault::kIndexOutOfRange;
 }
 
 }  // namespace EVENSONG_ISA
