@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_inputs_of_other_dtypes_and_layouts_are_cast(session: Session, dtype: An
     assert session.evaluate(x.astype(dtype), np.array([0, 1, 2], np.uint8)).examples == 3
 
 
-@pytest.mark.parametrize("learning_rate", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("learning_rate", [-0.1, float("nan"), float("inf"), 1e300])
 def test_bad_learning_rates_are_refused(session: Session, learning_rate: float) -> None:
     with pytest.raises(ExampleError, match="learning rate"):
         session.train_step(X, LABELS, learning_rate=learning_rate)
@@ -207,6 +208,43 @@ def test_what_the_artifact_cannot_do_is_named(engine: Any) -> None:
     np.testing.assert_array_equal(session.predict([[1, 2]]), [[3]])
     with pytest.raises(ProgramError, match="no program 'train'"):
         session.train_step([[1, 2]], [0], learning_rate=0.1)
+
+
+def _ports(name: str, inputs: int, outputs: list[DType], *, batched: bool = True) -> Artifact:
+    """A program of a few ports and no operation."""
+    b = ProgramBuilder(name, 2)
+    for number in range(inputs):
+        b.input(f"in{number}", (2,), batched=batched)
+    for number, dtype in enumerate(outputs):
+        b.output(f"out{number}", (2,) if name == "predict" else (1,), dtype, batched=name == "predict")
+    return b.artifact()
+
+
+BROKEN_PROMISES = {
+    "predict that trains": replace(ARTIFACT, programs=(replace(ARTIFACT.programs[2], name="predict"),)),
+    "evaluate that trains": replace(ARTIFACT, programs=(replace(ARTIFACT.programs[2], name="evaluate"),)),
+    "train that predicts": replace(ARTIFACT, programs=(replace(ARTIFACT.programs[0], name="train"),)),
+    "predict without an output": _ports("predict", 1, []),
+    "predict without an input": _ports("predict", 0, [DType.F32]),
+    "evaluate without a target": _ports("evaluate", 1, [DType.F32, DType.I32]),
+    "evaluate without correct": _ports("evaluate", 2, [DType.F32]),
+    "correct as a float": _ports("train", 2, [DType.F32, DType.F32]),
+    "inputs that are not batched": _ports("train", 2, [DType.F32, DType.I32], batched=False),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_PROMISES)
+def test_programs_keep_what_their_names_promise(what: str) -> None:
+    with pytest.raises(ProgramError, match="program"):
+        load(BROKEN_PROMISES[what], engine="twin")
+
+
+def test_accuracy_counts_every_answer(engine: Any) -> None:
+    b = ProgramBuilder("evaluate", 2)
+    x, t = b.input("x", (2, 3), batched=True), b.input("target", (2, 3), batched=True)
+    b.op("BCE_WITH_LOGITS", [x, t], [b.output("loss", (1,)), b.output("correct", (1,), DType.I32)])
+    result = load(b.artifact(), engine=engine).evaluate([[1, -1, 1]] * 3, [[1, 0, 0]] * 3)
+    assert (result.correct, result.examples, result.accuracy) == (6, 3, 2 / 3)
 
 
 # ------------------------------------------------------------------------------------------------- divergence
@@ -258,11 +296,8 @@ def test_a_weight_that_overflows_is_reported_with_the_way_out(session: Session) 
 
 def test_variables_come_in_the_authors_layout(engine: Any) -> None:
     value = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    b = ProgramBuilder("train", 1, Memory())
-    target = b.input("target", (1, 1), batched=True)
-    w = b.variable("conv.weight", value, perm=(0, 2, 1))
-    b.op("SGD", [w, b.const(np.ones((2, 3, 4), np.float32))], [])
-    b.op("COPY", [target], [b.output("loss", (1, 1), batched=True)])
+    b = ProgramBuilder("anything", 1, Memory())
+    b.variable("conv.weight", value, perm=(0, 2, 1))
     session = load(b.artifact(), engine=engine)
     assert session.variables["conv.weight"].shape == (2, 4, 3)
     np.testing.assert_array_equal(session.get()["conv.weight"], value.transpose(0, 2, 1))

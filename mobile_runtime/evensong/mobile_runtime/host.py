@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,11 @@ from evensong.mobile_runtime.errors import (
 from evensong.mobile_runtime.examples import Array, InputPort, all_finite, rows_per_example
 from evensong.mobile_runtime.machine import Machine
 from evensong.mobile_runtime.session import Evaluation, Inputs, StepResult
-from evensong.wire.program import Artifact, DType, Program, Variable, VariableFlag
+from evensong.wire.program import OPS, Artifact, DType, Program, Variable, VariableFlag
 
 _MAX_SEED = (1 << 64) - 1
 _F32 = np.dtype(np.float32)
+_MAX_FLOAT = float(np.finfo(np.float32).max)
 _SMALL = 1 << 16  # bytes of an input that are copied faster than they are described to the engine anew
 
 
@@ -40,6 +41,8 @@ class HostSession:
     def __init__(self, artifact: Artifact, machine: Machine, artifact_hash: str, *, seed: int = 0) -> None:
         self.artifact = artifact
         self.engine = machine.engine
+        for program in artifact.programs:
+            _check_role(program)
         self._hash = artifact_hash
         self._machine: Machine | None = machine
         self._programs = {
@@ -72,7 +75,7 @@ class HostSession:
 
     def train_step(self, inputs: Inputs, target: npt.ArrayLike, *, learning_rate: float) -> StepResult:
         runner = self._runner("train")
-        if not (math.isfinite(learning_rate) and learning_rate >= 0):
+        if not 0 <= learning_rate <= _MAX_FLOAT:
             raise ExampleError("the learning rate is wrong", expected="a finite number >= 0", got=learning_rate)
         values, examples = runner.check_inputs((*runner.split(inputs), target))
         if examples > runner.max_batch:
@@ -108,7 +111,7 @@ class HostSession:
             runner.run_slice(values, runner.loss_outputs, start, count)
             total += float(loss[0]) * count
             right += int(correct[0])
-        return Evaluation(total / examples, right, examples)
+        return Evaluation(total / examples, right, examples, answers=values[-1].size)
 
     # ------------------------------------------------------------------------------------------------------- variables
 
@@ -188,7 +191,7 @@ class HostSession:
         machine, self._machine = self._machine, None
         machine.close()
 
-    def __enter__(self) -> HostSession:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -314,6 +317,24 @@ class _Ready(NamedTuple):
     input: Array
     output: Array
     run: Callable[[], None]
+
+
+def _check_role(program: Program) -> None:
+    """Whether the ports of ``predict``, ``evaluate`` and ``train`` are what their names promise (docs/artifact.md)."""
+    if program.name not in ("predict", "evaluate", "train"):
+        return
+    inputs, outputs = ([program.tensors[port.tensor] for port in side] for side in (program.inputs, program.outputs))
+    if program.name == "predict":
+        fits = len(inputs) >= 1 and len(outputs) >= 1
+        batched = [*inputs, *outputs]
+    else:
+        results = [(t.dtype, t.elements, t.batched) for t in outputs]
+        fits = len(inputs) >= 2 and results == [(DType.F32, 1, False), (DType.I32, 1, False)]
+        batched = inputs
+    if not fits or (program.max_batch > 1 and not all(tensor.batched for tensor in batched)):
+        raise ProgramError(f"the ports of program {program.name!r} are not those of its name")
+    if program.name != "train" and any(OPS[op.name].updates for op in program.ops):
+        raise ProgramError(f"program {program.name!r} would change the model")
 
 
 def _part(array: Array, rows: int, start: int, count: int) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +26,21 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and right answers over a data set. ``accuracy`` is ``correct / examples``."""
+    """Mean loss and right answers over a data set.
+
+    ``answers`` is how many there are: one an example, or more where each example asks for several (a label for every
+    token, say); 0 stands for ``examples``. ``accuracy`` is the share of right ones.
+    """
 
     loss: float
     correct: int
     examples: int
+    answers: int = 0
 
     @property
     def accuracy(self) -> float:
-        return self.correct / self.examples if self.examples else float("nan")
+        answers = self.answers or self.examples
+        return self.correct / answers if answers else float("nan")
 
 
 class Session(Protocol):
@@ -108,5 +114,9 @@ class Session(Protocol):
         ...
 
     def close(self) -> None:
-        """Frees the native memory; later calls raise."""
+        """Frees the native memory; later calls raise. A session also closes at the end of a ``with`` block."""
         ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
