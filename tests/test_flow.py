@@ -27,10 +27,8 @@ from evensong.client.callbacks import (
     Sealed,
     Uploaded,
 )
-from evensong.coordinator import tables
+from evensong.coordinator import EventKind, LocalTraining, Personalization, Task, TaskEvent, Version, tables
 from evensong.coordinator.server import CoordinatorCore
-from evensong.coordinator.task import LocalTraining, Personalization, Task
-from evensong.coordinator.views import EventKind, TaskEvent, Version
 from evensong.simulations import (
     InMemoryTransport,
     Network,

@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evensong.coordinator.task import LocalTraining, Personalization, Task
-from evensong.coordinator.views import EventKind
+from evensong.coordinator import EventKind, LocalTraining, Personalization, Task
 from evensong.mobile_runtime import load
 from evensong.simulations import (
     Examples,

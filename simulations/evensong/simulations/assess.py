@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from evensong.coordinator.views import EventKind, TaskEvent
+from evensong.coordinator import EventKind, TaskEvent
 from evensong.mobile_runtime import engine_info, load
 from evensong.mobile_runtime.memory import memory_report
 from evensong.mobile_runtime.session import Session

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from evensong.coordinator.task import LocalTraining, Personalization, Task
+from evensong.coordinator import LocalTraining, Personalization, Task
 from evensong.simulations.assess import summarise, write_all
 from evensong.simulations.cli import run_app
 from evensong.simulations.data import DataError, load_dataset

@@ -6,26 +6,27 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from evensong.coordinator.views import EventKind, TaskEvent
+from evensong.coordinator import EventKind, TaskEvent
 from evensong.simulations.report import size
 from evensong.simulations.results import DeviceOutcome, Results
 
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
 
 class Screen:
-    """A bar for rounds, one for the reports of the open round, and the latest figures; plain lines where nobody
-    watches."""
+    """A bar for rounds, one for the reports of the open round, and the latest figures; lines where nobody watches."""
 
     def __init__(self, console: Console, rounds: int, reports: int) -> None:
         self._console = console
-        columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description:<7}"), BarColumn(24), MofNCompleteColumn())
         self._progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self._rounds = self._progress.add_task("rounds", total=rounds, note="", visible=False)
-        self._reports = self._progress.add_task("  reports of this round", total=reports, note="", visible=False)
-        self._accuracy = self._loss = ""
+        self._reports = self._progress.add_task("reports", total=reports, note="", visible=False)
         self._losses: dict[int, str] = {}  #: by version; an evaluation may come some versions later
+        self._accuracies: list[float] = []
         self._live = Live(self._progress, console=console, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> Screen:
@@ -37,9 +38,11 @@ class Screen:
         self._live.stop()
 
     def say(self, what: str) -> None:
+        """Something begins."""
         self._console.print(f"[dim]{what}[/]")
 
     def show(self, event: TaskEvent) -> None:
+        """Something happened to the task."""
         progress = self._progress
         match event.kind:
             case EventKind.ROUND_STARTED:
@@ -48,17 +51,22 @@ class Screen:
             case EventKind.REPORT_ACCEPTED:
                 progress.update(self._reports, completed=event.reports)
             case EventKind.VERSION_COMMITTED:
-                self._loss = f"loss {event.metrics.loss:.3f}" if event.metrics else ""
-                self._losses[event.version] = self._loss
+                self._losses[event.version] = f"loss {event.metrics.loss:.3f}" if event.metrics else ""
                 progress.update(self._rounds, completed=event.version)
-            case EventKind.VERSION_EVALUATED:
-                if event.metrics:
-                    self._accuracy = f"version {event.version}: accuracy [bold]{event.metrics.accuracy:.1%}[/]"
+            case EventKind.VERSION_EVALUATED if event.metrics:
+                self._accuracies.append(event.metrics.accuracy)
+                note = f"version {event.version}: [bold]{event.metrics.accuracy:.1%}[/], {self._losses[event.version]}"
+                progress.update(self._rounds, note=note)
+                progress.update(self._reports, note=sparkline(self._accuracies))
                 if not self._console.is_terminal:
-                    self._console.print(f"{self._accuracy}, {self._losses.get(event.version, '')}")
+                    self._console.print(note)
             case EventKind.ROUND_ABANDONED:
                 self.say(f"round {event.round} came to nothing: {event.message or 'too few reports'}")
-        progress.update(self._rounds, note="  ".join(filter(None, (self._accuracy, self._loss))))
+
+
+def sparkline(fractions: Sequence[float], width: int = 30) -> str:
+    """The last ``width`` of ``fractions`` in [0, 1], one block each."""
+    return "".join(_BLOCKS[min(int(value * len(_BLOCKS)), len(_BLOCKS) - 1)] for value in fractions[-width:])
 
 
 def show_results(console: Console, results: Results) -> None:

@@ -20,11 +20,10 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from evensong.client import AlwaysReady, ArrayExamples, Batch, Device, Idle, Outcome
+from evensong.coordinator import Task, TaskEvent, TaskState, TaskStatus
 from evensong.coordinator.config import load as load_settings
 from evensong.coordinator.context import run_inline
 from evensong.coordinator.server import CoordinatorCore
-from evensong.coordinator.task import Task
-from evensong.coordinator.views import TaskEvent, TaskState, TaskStatus
 from evensong.simulations import virtual_time
 from evensong.simulations.counting import CountingTransport
 from evensong.simulations.fleet import Examples, Shard

@@ -16,9 +16,15 @@ from typing import Protocol
 
 import numpy as np
 
-from evensong.coordinator.handle import Coordinator, TaskHandle
-from evensong.coordinator.task import LocalTraining, Personalization, Task
-from evensong.coordinator.views import TaskEvent, TaskState
+from evensong.coordinator import (
+    Coordinator,
+    LocalTraining,
+    Personalization,
+    Task,
+    TaskEvent,
+    TaskHandle,
+    TaskState,
+)
 from evensong.simulations.assess import summarise, write_all
 from evensong.simulations.data import load_dataset
 from evensong.simulations.demo.device_process import read_account
@@ -34,6 +40,7 @@ from evensong.wire.errors import EvensongError
 COORDINATOR = "coordinator"
 _START_S = 30.0
 _LAST_WORDS_S = 120.0  # for a device to personalise and end, once the task is complete
+_STALLED_S = 300.0  # without any event: two round deadlines and more
 _POLL_S = 0.2
 
 #: One thread a process: the devices share this machine's cores.
@@ -154,7 +161,7 @@ def _task(plan: Plan, artifact: bytes) -> Task:
         rounds=plan.rounds,
         goal=plan.devices,
         over_selection=1.0,
-        evaluate_every=1,
+        deadline=120.0,
         local=LocalTraining(
             epochs=scenario.epochs,
             learning_rate=scenario.learning_rate,
@@ -195,9 +202,11 @@ class _Devices:
         self._folder = folder
         self._address = address
         self._token = token
+        self._started = 0  # a device's seed makes its key too: no two may share one
 
     def start(self, shards: Sequence[Shard]) -> None:
-        for index, shard in enumerate(shards):
+        for shard in shards:
+            self._started += 1
             folder = self._home(shard)
             folder.mkdir(mode=0o700)
             (folder / "token").write_text(self._token)
@@ -211,7 +220,7 @@ class _Devices:
             options = {
                 "--coordinator": self._address,
                 "--last-version": str(self._plan.rounds),
-                "--seed": str(self._plan.seed * 1000 + index),
+                "--seed": str(1000 * self._plan.seed + self._started),
             }
             module = "evensong.simulations.demo.device_process"
             flat = [part for option in options.items() for part in option]
@@ -240,17 +249,21 @@ def _watch(task: TaskHandle, children: Children) -> Iterator[TaskEvent]:
             arrived.put(error)
 
     threading.Thread(target=follow, daemon=True).start()
+    last = time.monotonic()
     while True:
         try:
             event = arrived.get(timeout=_POLL_S)
         except queue.Empty:
             children.require(COORDINATOR)
+            if time.monotonic() - last > _STALLED_S:
+                raise ChildError("the task does not move", expected=f"an event within {_STALLED_S:g} s") from None
             continue
         if event is None:
             return
         if isinstance(event, BaseException):
             children.require(COORDINATOR)
             raise event
+        last = time.monotonic()
         yield event
 
 
