@@ -62,7 +62,8 @@ inline void depthwise_forward(const Convolution& conv, const float* x, const flo
                    epilogue, conv.out_target(y));
 }
 
-inline void depthwise_grad_input(const Convolution& conv, const float* dy, const float* w, float* dx, float* packed) {
+__attribute__((noinline)) inline void depthwise_grad_input(const Convolution& conv, const float* dy, const float* w,
+                                                           float* dx, float* packed) {
     const size_t channels = size_t(conv.channels);
     pack_depthwise(w, channels, conv.depth(), packed);
     for (int32_t a = 0; a < conv.stride_h && a < conv.height; ++a) {

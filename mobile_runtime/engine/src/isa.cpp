@@ -3,6 +3,10 @@
 
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace evensong {
 
 #define EVENSONG_DECLARE(isa)                           \
@@ -11,31 +15,47 @@ namespace evensong {
     bool all_finite(const float* values, size_t count); \
     }
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 
 EVENSONG_DECLARE(avx512)
 EVENSONG_DECLARE(avx2)
 EVENSONG_DECLARE(sse2)
 
+// Intel's manual (volume 1, chapter 14): a set counts if the CPU has it and the system saves its registers. The
+// compiler's
+// __builtin_cpu_supports says the same, at the price of a table of every CPU.
+struct Features {
+    uint32_t leaf1_c = 0, leaf7_b = 0, leaf7_c = 0, saved = 0;
+
+    Features() {
+        uint32_t a, b, d;
+        if (!__get_cpuid(1, &a, &b, &leaf1_c, &d) || !has(leaf1_c, bit_OSXSAVE)) return;
+        __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+        __get_cpuid_count(7, 0, &a, &leaf7_b, &leaf7_c, &d);
+    }
+    static bool has(uint32_t word, uint32_t bits) { return (word & bits) == bits; }
+};
+
+static bool has_avx2() {
+    const Features f;
+    return Features::has(f.saved, 0x06) && Features::has(f.leaf1_c, bit_FMA) && Features::has(f.leaf7_b, bit_AVX2);
+}
+
+static bool has_avx512() {
+    const Features f;
+    const uint32_t needed = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    return has_avx2() && Features::has(f.saved, 0xe6) && Features::has(f.leaf7_b, needed) &&
+           Features::has(f.leaf7_c, bit_AVX512VNNI);
+}
+
 static const InstructionSet kInstructionSets[] = {
-    {"avx512",
-     [] {
-         __builtin_cpu_init();
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
-     },
+    {"avx512", has_avx512,
      [](Kernel* table) {
          avx2::register_all(table);  // AVX-512 has matrix products only: the rest gains nothing from it
          avx512::register_all(table);
      },
      avx512::all_finite},
-    {"avx2",
-     [] {
-         __builtin_cpu_init();
-         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-     },
-     avx2::register_all, avx2::all_finite},
+    {"avx2", has_avx2, avx2::register_all, avx2::all_finite},
     {"sse2", [] { return true; }, sse2::register_all, sse2::all_finite},
 };
 

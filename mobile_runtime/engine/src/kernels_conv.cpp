@@ -64,8 +64,8 @@ Fault convolution(const Call& call) {
 
 // Packs the weights of one phase as seen from the input: row (tap h, tap w, output channel) is w[output channel, taps,
 // :].
-void pack_backward(const Convolution& conv, const Axis& h, const Axis& w, const float* weights, size_t columns,
-                   float* panels) {
+__attribute__((noinline)) void pack_backward(const Convolution& conv, const Axis& h, const Axis& w,
+                                             const float* weights, size_t columns, float* panels) {
     const size_t outputs = size_t(conv.group_out_channels()), depth = size_t(h.taps) * size_t(w.taps) * outputs;
     for (size_t j = 0; j < columns; j += kPanelColumns) {
         float* out = panels + j * depth;
@@ -80,7 +80,7 @@ void pack_backward(const Convolution& conv, const Axis& h, const Axis& w, const 
     }
 }
 
-void clear_grid(const Axis& h, const Axis& w, int32_t images, size_t columns, Target target) {
+__attribute__((noinline)) void clear_grid(const Axis& h, const Axis& w, int32_t images, size_t columns, Target target) {
     for (int32_t image = 0; image < images; ++image) {
         for (int32_t row = 0; row < h.grid; ++row) {
             for (int32_t column = 0; column < w.grid; ++column) {
@@ -90,8 +90,8 @@ void clear_grid(const Axis& h, const Axis& w, int32_t images, size_t columns, Ta
     }
 }
 
-void grad_input_phase(const Convolution& conv, const Axis& h, const Axis& w, const float* dy, const float* weights,
-                      Target target, const Blocks& blocks) {
+__attribute__((noinline)) void grad_input_phase(const Convolution& conv, const Axis& h, const Axis& w, const float* dy,
+                                                const float* weights, Target target, const Blocks& blocks) {
     const size_t columns = size_t(conv.group_channels), outputs = size_t(conv.group_out_channels());
     const size_t pixels = size_t(conv.images) * size_t(h.grid) * size_t(w.grid);
     if (h.taps == 0 || w.taps == 0)

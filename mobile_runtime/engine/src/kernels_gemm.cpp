@@ -33,8 +33,8 @@ void multiply_tile(Left left, const float* right, size_t right_stride, size_t de
 }
 
 // Writes the first `columns` columns of a tile to out[row] + out_column.
-void finish_tile(const float* tile, size_t rows, float* const* out, size_t out_column, size_t columns,
-                 Epilogue epilogue) {
+__attribute__((noinline)) void finish_tile(const float* tile, size_t rows, float* const* out, size_t out_column,
+                                           size_t columns, Epilogue epilogue) {
     for (size_t j = 0; j < columns && j < kPanelColumns; j += kLanes) {
         const size_t live = columns - j, column = out_column + j;
         const Floats bias = epilogue.bias ? load_upto(epilogue.bias + column, live) : Floats{};
@@ -135,8 +135,8 @@ __attribute__((noinline)) void dot_tile(const float* x, size_t depth, const floa
 }
 
 // Adds up the lanes of each sum and writes the first `columns` of every row.
-void finish_dots(const float* tile, size_t rows, size_t tile_columns, float* out, size_t out_stride, size_t columns,
-                 const float* bias, int32_t kind) {
+__attribute__((noinline)) void finish_dots(const float* tile, size_t rows, size_t tile_columns, float* out,
+                                           size_t out_stride, size_t columns, const float* bias, int32_t kind) {
     for (size_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 1
         for (size_t j = 0; j < tile_columns && j < columns; ++j) {

@@ -82,7 +82,7 @@ struct Signature {
     char name[21];     // longest: BATCH_NORM_EVAL_GRAD
 };
 
-constexpr Signature kSignatures[] = {
+inline constexpr Signature kSignatures[] = {
     {1, 2, 3, 1, 1, 1, 0, 0, 0, "LINEAR"},
     {2, 2, 2, 1, 1, 0, 0, 0, 0, "LINEAR_GRAD_INPUT"},
     {3, 2, 2, 1, 2, 0, 0, 0, 0, "LINEAR_GRAD_WEIGHT"},

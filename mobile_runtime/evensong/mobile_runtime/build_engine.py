@@ -53,8 +53,10 @@ def build_engine(output: Path = LIBRARY, *, extra_flags: Sequence[str] = ()) -> 
                 continue
             optimise = flags.get(source.stem, flags["kernels"])
             units.append((source, isa, [*flags["common"], *optimise, *flags[isa], f"-DEVENSONG_ISA={isa}"]))
+    # Builds with other flags keep their objects apart: two of them may run at once.
+    folder = OBJECTS / hashlib.sha256(" ".join([compiler, *extra_flags]).encode()).hexdigest()[:8]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda unit: _compile(compiler, unit[0], unit[1], [*unit[2], *extra_flags]), units))
+        objects = list(pool.map(lambda unit: _compile(compiler, unit[0], unit[1], [*unit[2], *extra_flags], folder), units))
     output.parent.mkdir(parents=True, exist_ok=True)
     # A process may have the old library mapped: write beside it, then replace it in one step.
     fresh = output.with_suffix(f".{os.getpid()}.tmp")
@@ -80,16 +82,16 @@ def read_build_file() -> tuple[dict[str, list[str]], list[str]]:
     return flags, instruction_sets
 
 
-def _compile(compiler: str, source: Path, isa: str, flags: list[str]) -> Path:
+def _compile(compiler: str, source: Path, isa: str, flags: list[str], folder: Path) -> Path:
     """The object file of one source for one instruction set; kept until a source, a header or a flag changes."""
     command = [compiler, *flags, f"-I{ENGINE / 'include'}", f"-I{ENGINE / 'src'}", "-c", str(source)]
     digest = hashlib.sha256(" ".join(command).encode() + source.read_bytes())
     for header in sorted([*ENGINE.glob("src/*.h*"), *ENGINE.glob("include/*.h")]):
         digest.update(header.read_bytes())
-    target = OBJECTS / f"{isa}_{source.stem}_{digest.hexdigest()[:16]}.o"
+    target = folder / f"{isa}_{source.stem}_{digest.hexdigest()[:16]}.o"
     if not target.exists():
-        OBJECTS.mkdir(parents=True, exist_ok=True)
-        for stale in OBJECTS.glob(f"{isa}_{source.stem}_????????????????.o"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(f"{isa}_{source.stem}_????????????????.o"):
             stale.unlink(missing_ok=True)
         fresh = target.with_suffix(f".{os.getpid()}.tmp")
         _run([*command, "-o", str(fresh)])

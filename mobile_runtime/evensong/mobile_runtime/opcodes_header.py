@@ -63,7 +63,7 @@ struct Signature {{
     char name[21];     // longest: BATCH_NORM_EVAL_GRAD
 }};
 
-constexpr Signature kSignatures[] = {{
+inline constexpr Signature kSignatures[] = {{
 {rows}
 }};
 
