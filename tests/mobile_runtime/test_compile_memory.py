@@ -77,7 +77,16 @@ def test_training_only_the_head_takes_less() -> None:
     head = compile(zoo.digits_cnn(), torch.zeros(1, 1, 8, 8), trainable=["head.*"]).memory()
     none = compile(zoo.digits_cnn(), torch.zeros(1, 1, 8, 8), trainable="none").memory()
     assert head.training_peak < 0.85 * full.training_peak
-    assert none.training_peak == 0 and none.peak == none.inference_peak
+    assert none.training_peak == 0 and none.inference_peak < none.peak < head.peak
+
+
+def test_running_statistics_are_counted_twice() -> None:
+    """Training keeps a copy to undo a diverged step with."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2))
+    report = compile(model, torch.zeros(1, 4)).memory()
+    train = report.program("train")
+    assert train is not None and report.statistics == 2 * 6 * 4
+    assert report.training_peak == report.state + report.statistics + train.arena + train.workspace
 
 
 def test_gradients_stop_where_nothing_is_trained() -> None:

@@ -58,6 +58,7 @@ def test_an_unknown_operation_is_named_with_its_place() -> None:
         (lambda x: x**3, "power"),
         (lambda x: x.double().float(), "conversion"),
         (lambda x: x.max(1).indices.float(), "indices"),
+        (lambda x: x + torch.rand(6), "aten.rand"),
     ],
 )
 def test_an_unknown_use_is_explained(function: Callable[[torch.Tensor], torch.Tensor], told: str) -> None:

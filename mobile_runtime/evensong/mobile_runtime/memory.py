@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evensong.wire.program import Artifact, Program, Region, Tensor
+from evensong.wire.program import Artifact, Program, Region, Tensor, VariableFlag
 
 _LARGEST = 12
 
@@ -37,12 +37,16 @@ class ProgramMemory:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes that a device needs. ``const`` can stay in the file's pages; state, slots and scratch are real memory."""
+    """Bytes that a device needs. ``const`` can stay in the file's pages; state, slots and scratch are real memory.
+
+    ``statistics`` counts the running statistics in ``state``: training keeps a second copy, to undo a diverged step.
+    """
 
     programs: tuple[ProgramMemory, ...]
     const: int
     state: int
     slots: int
+    statistics: int
 
     def program(self, name: str) -> ProgramMemory | None:
         """The scratch of one program, or None if the artifact lacks it."""
@@ -56,12 +60,14 @@ class MemoryReport:
     @property
     def training_peak(self) -> int:
         """State, optimiser slots and the scratch of ``train``; 0 for an artifact that cannot train."""
-        return self._with_scratch("train") + self.slots if self.program("train") else 0
+        return self._with_scratch("train") + self.slots + self.statistics if self.program("train") else 0
 
     @property
     def peak(self) -> int:
-        """What a budget is held against: training if the artifact trains, else inference."""
-        return self.training_peak or self.inference_peak
+        """What an engine allocates once for all programs, besides the constants; a budget is held against it."""
+        arena = max((program.arena for program in self.programs), default=0)
+        workspace = max((program.workspace for program in self.programs), default=0)
+        return self.state + self.slots + self.statistics + arena + workspace
 
     def _with_scratch(self, name: str) -> int:
         program = self.program(name)
@@ -74,8 +80,9 @@ class MemoryReport:
         ]
         rest = [
             f"const {self.const:,}   state {self.state:,}   optimiser slots {self.slots:,}",
-            f"peak: inference {self.inference_peak:,}"
-            + (f", training {self.training_peak:,} bytes" if self.training_peak else " bytes"),
+            f"bytes to predict {self.inference_peak:,}"
+            + (f", to train {self.training_peak:,}" if self.training_peak else "")
+            + f", for any of it {self.peak:,}",
         ]
         return "\n".join([*_table(rows), *rest])
 
@@ -93,6 +100,7 @@ def memory_report(artifact: Artifact) -> MemoryReport:
         len(artifact.const),
         len(artifact.state),
         artifact.slot_bytes,
+        sum(variable.nbytes for variable in artifact.variables if variable.flags == VariableFlag.BUFFER),
     )
 
 

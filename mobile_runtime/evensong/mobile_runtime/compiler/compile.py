@@ -61,7 +61,7 @@ def compile(
         optimizer: :class:`SGD` (the default) or :class:`Adam`; the learning rate comes with each step.
         batch_size: the most examples of one training step.
         predict_batch: the most examples of one prediction call.
-        memory_budget: bytes that training (without it: inference) may take in all.
+        memory_budget: bytes that an engine may take besides the artifact's constants (``MemoryReport.peak``).
         name: what reports call the model.
         labels: names of the classes, kept in the manifest.
 
@@ -100,7 +100,7 @@ def compile(
         "trainable": names,
         "quantized": quantize is not None,
         "batch_size": batch_size,
-        "memory": {graph.name: _bound(planned_) for graph, planned_, _ in planned},
+        "memory": {graph.name: _bound(found) for graph, found, _ in planned},
     }
     artifact = emit(planned, weights, manifest)
     compiled = CompiledArtifact(artifact)
@@ -232,10 +232,10 @@ def _bound(planned: Plan) -> dict[str, int]:
 def _check_budget(report: MemoryReport, budget: int | None) -> None:
     if budget is None or report.peak <= budget:
         return
-    program = "train" if report.training_peak else "predict"
-    table = f"{report}\n\n{report.explain(program)}"
+    largest = max(report.programs, key=lambda program: program.arena).name
+    table = f"{report}\n\n{report.explain(largest)}"
     error = BudgetError(
-        f"the program {program!r} needs {report.peak:,} bytes",
+        f"the model needs {report.peak:,} bytes, most of them for {largest!r}",
         expected=f"at most {budget:,}",
         fix=f"Lower the batch size, train fewer parameters, or raise the budget.\n\n{table}",
     )

@@ -115,6 +115,8 @@ def _call(builder: Builder, node: torch.fx.Node, known: dict[torch.fx.Node, Any]
 
 def _folded(node: torch.fx.Node, known: dict[torch.fx.Node, Any], weights: Weights) -> Any:
     """The result of a call that no example and no trained weight changes: computed here, once. Else None."""
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return None  # random numbers are no constant
     tensors = {}
     for source in node.all_input_nodes:
         value = known[source]
