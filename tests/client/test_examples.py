@@ -164,3 +164,12 @@ def test_arrays_in_memory_behave_alike() -> None:
         pairs = [collect(source, 6, order=np.random.default_rng(seed)) for source in (arrays, database)]
         assert np.array_equal(pairs[0][0][0], pairs[1][0][0]) and np.array_equal(pairs[0][1], pairs[1][1])
     assert (arrays.count(), arrays.count("test"), list(arrays.batches(3, split="test"))) == (20, 0, [])
+
+
+def test_processes_that_open_a_new_store_at_once_do_not_trip_over_each_other(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: ExampleStore(tmp_path / "examples.sqlite"), range(8)))
+        list(pool.map(lambda pair: pair[1].add(np.zeros(1), pair[0]), enumerate(stores)))
+    assert stores[0].count() == 8

@@ -374,3 +374,19 @@ def test_a_bad_version_never_replaces_the_one_that_serves() -> None:
         coordinator._store(lost)
         device.step()
         assert device.predict(x).tolist() == [[4, 4, 4]]
+
+
+def test_a_refused_check_in_says_why_and_still_brings_the_served_model() -> None:
+    coordinator = Coordinator(FakeClock())
+
+    def refuse(name: str, answer) -> None:
+        if name == "CheckIn":
+            answer.refusal.reason = common_pb2.REFUSAL_REASON_INELIGIBLE
+            answer.refusal.message = "training needs 100 examples"
+
+    coordinator.tamper = refuse
+    with device_for(coordinator) as device:
+        outcome = device.step()
+        assert isinstance(outcome, Idle)
+        assert (outcome.reason, outcome.message) == ("INELIGIBLE", "training needs 100 examples")
+        assert device.predict(np.zeros((2, 4), np.float32)).shape == (2, 3)

@@ -101,6 +101,19 @@ def test_a_refused_token_can_be_replaced(tmp_path: Path) -> None:
     assert first.request_id != second.request_id
 
 
+def test_a_coordinator_that_cannot_enrol_now_is_asked_again(tmp_path: Path) -> None:
+    coordinator = Coordinator(FakeClock())
+    coordinator.tamper = lambda method, response: response.refusal.CopyFrom(
+        refusal(common_pb2.REFUSAL_REASON_UNAVAILABLE, "draining")
+    )
+    with device_for(coordinator, tmp_path) as device:
+        assert isinstance(device.step(), Postponed) and not device.is_enrolled
+        coordinator.tamper = lambda method, response: None
+        device.enrol()
+    first, second = (body for name, body in coordinator.requests if name == "Enrol")
+    assert first == second
+
+
 @pytest.mark.parametrize("token", [None, "", "evt1", "evt1.a.b", "evt2.a.b.c", "x" * 10_000])
 def test_no_token_and_what_is_not_one(token: str | None) -> None:
     coordinator = Coordinator(FakeClock())

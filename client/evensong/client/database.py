@@ -73,9 +73,12 @@ class Database:
                 fix="Update evensong on this device.",
             )
         for number in range(version, len(migrations)):
-            self.connection.executescript(
-                f"BEGIN IMMEDIATE; {migrations[number]}; PRAGMA user_version = {number + 1}; COMMIT"
-            )
+            with self.transaction() as connection:
+                if connection.execute("PRAGMA user_version").fetchone()[0] > number:
+                    continue  # another process that opens the same file was faster
+                for statement in migrations[number].split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {number + 1}")
 
     @contextmanager
     def _typed_errors(self) -> Iterator[None]:

@@ -191,7 +191,8 @@ class Device:
         if answer.work is None:
             await self._serving.adopt(answer.serving)
             await self._personalize_new_versions()
-            return Idle(draw_wait(answer.retry, context.randomness), answer.refused.name if answer.refused else None)
+            wait_s = draw_wait(answer.retry, context.randomness)
+            return Idle(wait_s, answer.refused.name, answer.refused.message) if answer.refused else Idle(wait_s)
         outcome = await execute(context, answer.work)
         self._serving.refresh()  # training may have changed the personal tensors
         await self._serving.adopt(answer.serving)

@@ -6,7 +6,7 @@ from evensong.client.callbacks import Enrolled
 from evensong.client.context import Context
 from evensong.client.errors import EnrolmentError, RefusedError
 from evensong.v1 import device_pb2
-from evensong.wire.errors import EvensongError, SignatureError
+from evensong.wire.errors import EvensongError, SignatureError, UnreachableError
 from evensong.wire.signing import EnrolmentToken
 
 _REQUEST = "enrol"
@@ -45,6 +45,8 @@ async def enrol(context: Context, token: str | None) -> None:
             "the coordinator has another signer than the token says", got=error.got, fix=error.fix
         ) from error
     except RefusedError as error:
+        if error.is_passing:
+            raise UnreachableError("the coordinator cannot enrol this device now", got=error) from error
         context.state.clear_request(_REQUEST)
         raise EnrolmentError(
             f"the coordinator refused the enrolment: {error.name}", got=error.message, fix="Ask for a new token."

@@ -46,6 +46,13 @@ class LeaseExpiredError(ClientError):
     """The time for the assignment is over; what was computed for it is dropped."""
 
 
+_PASSING = (
+    common_pb2.REFUSAL_REASON_UNAVAILABLE,
+    common_pb2.REFUSAL_REASON_QUOTA,
+    common_pb2.REFUSAL_REASON_BAD_SIGNATURE,
+)
+
+
 class RefusedError(ClientError):
     """The coordinator refused a call. ``reason`` is a ``RefusalReason``, ``retry`` says when to come back."""
 
@@ -54,6 +61,11 @@ class RefusedError(ClientError):
         self.message = printable(refusal.message)
         self.retry = retry
         super().__init__(f"the coordinator refused: {self.name}", got=self.message or None)
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether it says nothing about what was asked, so that asking again later may help."""
+        return self.reason in _PASSING
 
     @property
     def name(self) -> str:

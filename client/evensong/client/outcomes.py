@@ -22,9 +22,10 @@ class NotReady(Outcome):
 
 @dataclass(frozen=True)
 class Idle(Outcome):
-    """The coordinator has no work for this device now; ``reason`` is a refusal's name or None."""
+    """The coordinator has no work for this device now; ``reason`` is a refusal's name or None, ``message`` its text."""
 
     reason: str | None = None
+    message: str = ""
 
 
 @dataclass(frozen=True)

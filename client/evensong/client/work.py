@@ -51,12 +51,6 @@ from evensong.wire.errors import EvensongError, UnreachableError, UpdateError
 
 _log = logging.getLogger("evensong.client")
 
-#: Refusals that say nothing about the work: it is kept and offered again.
-_FOR_NOW = (
-    common_pb2.REFUSAL_REASON_UNAVAILABLE,
-    common_pb2.REFUSAL_REASON_QUOTA,
-    common_pb2.REFUSAL_REASON_BAD_SIGNATURE,
-)
 _CONDITIONS_EVERY_MS = 1000
 
 
@@ -75,7 +69,7 @@ async def execute(context: Context, work: Work) -> Outcome:
     except LeaseExpiredError as error:
         return _drop(context, assignment, "LEASE_EXPIRED", str(error), common_pb2.RetryWindow())
     except RefusedError as error:
-        if error.reason in _FOR_NOW:
+        if error.is_passing:
             return Postponed(draw_wait(error.retry, context.randomness), error)
         return _drop(context, assignment, error.name, error.message, error.retry)
 
@@ -279,7 +273,7 @@ async def _abort(context: Context, work: Work, assignment: device_pb2.Assignment
     try:
         retry = (await context.calls.abort(request)).retry
     except RefusedError as error:  # the lease is gone already, which is what was asked for
-        if error.reason in _FOR_NOW:
+        if error.is_passing:
             raise
         retry = error.retry
     context.state.clear_work()
