@@ -68,7 +68,7 @@ class HostSession:
         runner = self._runner("predict")
         values, examples = runner.check_inputs(inputs)
         self._ready = runner.ready(self._live(), values, examples)
-        outputs = runner.empty_outputs(examples)
+        outputs = runner.fresh_outputs(examples)
         for start in range(0, examples, runner.max_batch):
             runner.run_slice(values, outputs, start, min(runner.max_batch, examples - start))
         return outputs[0]
@@ -293,12 +293,12 @@ class _Runner:
         """The short path for the same shape again; only for one small float32 input that fits one batch."""
         if len(inputs) != 1 or inputs[0].dtype != _F32 or inputs[0].nbytes > _SMALL or examples > self.max_batch:
             return None
-        source, targets = np.empty_like(inputs[0]), self.empty_outputs(examples)
+        source, targets = np.empty_like(inputs[0]), self.fresh_outputs(examples)
         run = machine.prepare(self.index, examples, (source,), targets)
         return _Ready(source.shape, source, targets[0], run)
 
-    def empty_outputs(self, examples: int) -> list[Array]:
-        return [np.empty((rows * examples, *dims[1:]) if rows else dims, dtype) for rows, dims, dtype in self._outputs]
+    def fresh_outputs(self, examples: int) -> list[Array]:
+        return [np.zeros((rows * examples, *dims[1:]) if rows else dims, dtype) for rows, dims, dtype in self._outputs]
 
     def run_slice(self, inputs: Sequence[Array], outputs: Sequence[Array], start: int, count: int) -> None:
         """Runs examples ``start`` to ``start + count``; unbatched ports are passed whole."""

@@ -117,7 +117,7 @@ def _missing_native() -> RuntimeFault | None:
 @cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        "EVENSONG RUNS WITHOUT ITS COMPILED ENGINE: the NumPy twin gives the same results 10 to 100 times slower. "
+        "EVENSONG RUNS WITHOUT ITS COMPILED ENGINE: the NumPy twin gives the same results, many times slower. "
         f"Reason: {reason}. {_HOW_TO_GET_IT}",
         RuntimeWarning,
         stacklevel=4,

@@ -66,17 +66,6 @@ class TwinMachine:
         ]
         self._frozen: frozenset[int] = frozenset()  # offsets in STATE
 
-    def prepare(
-        self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
-    ) -> Callable[[], None]:
-        return partial(self.run, program, batch, inputs, outputs)
-
-    def freeze(self, variables: Sequence[int]) -> None:
-        self._frozen = frozenset(self._artifact.variables[index].offset for index in variables)
-
-    def close(self) -> None:
-        self._memory.clear()
-
     def run(
         self,
         program: int,
@@ -98,6 +87,17 @@ class TwinMachine:
             for view, value in zip(self._statistics, statistics, strict=True):
                 view[...] = value
             raise
+
+    def prepare(
+        self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
+    ) -> Callable[[], None]:
+        return partial(self.run, program, batch, inputs, outputs)
+
+    def freeze(self, variables: Sequence[int]) -> None:
+        self._frozen = frozenset(self._artifact.variables[index].offset for index in variables)
+
+    def close(self) -> None:
+        self._memory.clear()
 
     def _run_operations(self, program: Program, tensors: Sequence[Array], clock: Clock) -> None:
         updating = False
