@@ -132,8 +132,8 @@ class TinyDevice:
         )
         return response
 
-    async def begin(self, lease: common_pb2.Lease, update: bytes, **fields: Any) -> device_pb2.BeginUploadResponse:
-        reference = common_pb2.BlobRef(sha256=hashlib.sha256(update).digest(), size_bytes=len(update))
+    async def begin(self, lease: common_pb2.Lease, data: bytes, **fields: Any) -> device_pb2.BeginUploadResponse:
+        reference = common_pb2.BlobRef(sha256=hashlib.sha256(data).digest(), size_bytes=len(data))
         values: dict[str, Any] = {"request_id": new_request_id(), "lease": lease, "update": reference} | fields
         response: device_pb2.BeginUploadResponse = await self.send(
             "BeginUpload", device_pb2.BeginUploadRequest(**values), device_pb2.BeginUploadResponse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import math
+from dataclasses import dataclass
 
 from sqlalchemy import Row, delete, insert, select, update
 
@@ -50,7 +51,7 @@ def begin_upload(
             requests.remember(tx, key, device_pb2.BeginUploadResponse(upload_id=upload_id), context.now())
         context.fault("begin.before_commit")
     context.fault("begin.after_commit")
-    context.spool.admit(upload_id, _admitted(holder))
+    context.spool.admit(upload_id, _admitted(holder, sha256))
     return device_pb2.BeginUploadResponse(
         retry=pacing.soon(),
         upload_id=upload_id,
@@ -110,7 +111,7 @@ def _open_upload(context: Context, tx: Transaction, call: Call, holder: Holder, 
     return upload_id
 
 
-def _admitted(holder: Holder) -> Admitted:
+def _admitted(holder: Holder, sha256: str) -> Admitted:
     lease = holder.lease
     return Admitted(
         lease.device_id,
@@ -118,7 +119,8 @@ def _admitted(holder: Holder) -> Admitted:
         lease.lease_id,
         lease.fencing_token,
         min(lease.expires_ms, holder.round.deadline_ms or lease.expires_ms),
-        holder.plan.update_bytes,
+        sha256,
+        holder.plan,
     )
 
 
@@ -133,7 +135,7 @@ def upload_chunk(
     file = context.spool.upload(request.upload_id)
     with file.lock:
         try:
-            data = check_chunk(request.chunk, file.received, admitted.size_bytes, context.settings.chunk_bytes)
+            data = check_chunk(request.chunk, file.received, admitted.plan.update_bytes, context.settings.chunk_bytes)
         except CorruptError as error:
             raise RefusalError(common_pb2.REFUSAL_REASON_BAD_CHUNK, str(error), received_bytes=file.received) from None
         if data != ALREADY_THERE:
@@ -157,8 +159,7 @@ def _find_upload(context: Context, call: Call, upload_id: str, lease: common_pb2
         return admitted
     with context.database.read() as tx:
         holder = check_lease(context, tx, call.device.device_id, lease, device_pb2.WORK_TRAIN)
-        _read_upload(tx, upload_id, holder)
-    admitted = _admitted(holder)
+        admitted = _admitted(holder, _read_upload(tx, upload_id, holder).sha256)
     context.spool.admit(upload_id, admitted)
     return admitted
 
@@ -188,30 +189,36 @@ def commit_upload(
     counted. The running sum in memory is only a cache of the journal.
     """
     key = call.key(request.request_id)
-    with context.database.read() as tx:
-        if requests.recall(tx, key) is not None:
-            return device_pb2.CommitUploadResponse(retry=pacing.soon())
-        holder = check_lease(context, tx, call.device.device_id, request.lease, device_pb2.WORK_TRAIN)
-        row = _read_upload(tx, request.upload_id, holder)
-    check_weight(holder.plan.bundle.update, request.weight)
+    response = device_pb2.CommitUploadResponse(retry=pacing.soon())
+    if context.spool.admitted(request.upload_id) is None:
+        with context.database.read() as tx:
+            if requests.recall(tx, key) is not None:
+                return response
+    admitted = _find_upload(context, call, request.upload_id, request.lease)
+    check_weight(admitted.plan.bundle.update, request.weight)
     check_metrics(request.metrics)
     file = context.spool.upload(request.upload_id)
     with file.lock:
-        _check_update(file, row, holder.plan)
+        _check_complete(file, admitted)
         context.fault("collect.before_fsync")
         if context.settings.durable:
             file.make_durable()
         context.fault("collect.after_fsync")
-        response = device_pb2.CommitUploadResponse(retry=pacing.soon())
-        with context.database.transaction() as tx:
-            if requests.recall(tx, key) is None:
-                holder = check_lease(context, tx, call.device.device_id, request.lease, device_pb2.WORK_TRAIN)
-                _accept(context, tx, holder, request.metrics, row, request.weight)
-                requests.remember(tx, key, response, context.now())
-            context.fault("collect.before_commit")
+        try:
+            with (
+                sums.adding(admitted.round_id, admitted.plan, file, request.weight) as running,
+                context.database.transaction() as tx,
+            ):
+                if requests.recall(tx, key) is None:
+                    holder = check_lease(context, tx, call.device.device_id, request.lease, device_pb2.WORK_TRAIN)
+                    upload = Accepted(request.upload_id, admitted.sha256, file.received, request.weight)
+                    running.entry = _accept(context, tx, holder, request.metrics, upload)
+                    requests.remember(tx, key, response, context.now())
+                context.fault("collect.before_commit")
+        except WireError as error:
+            raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_UPDATE, str(error)) from None
         context.fault("collect.after_commit")
     context.spool.forget(request.upload_id)
-    sums.catch_up(holder.round.round_id, holder.plan)
     return response
 
 
@@ -246,33 +253,30 @@ def check_metrics(metrics: common_pb2.Metrics) -> None:
         )
 
 
-def _check_update(file: SpooledUpload, row: Row[tuple[object, ...]], plan: Plan) -> None:
-    if file.received != row.size_bytes:
+def _check_complete(file: SpooledUpload, admitted: Admitted) -> None:
+    if file.received != admitted.plan.update_bytes:
         raise RefusalError(
             common_pb2.REFUSAL_REASON_BAD_CHUNK,
             "the upload is not complete",
-            expected=f"{row.size_bytes} bytes",
+            expected=f"{admitted.plan.update_bytes} bytes",
             got=file.received,
             fix="Begin it again to learn where to go on.",
         )
-    if not hmac.compare_digest(file.sha256(), row.sha256):
-        if file.resumed:
-            file.restart()
-            raise RefusalError(
-                common_pb2.REFUSAL_REASON_BAD_CHUNK,
-                "the coordinator lost a part of the upload when it restarted",
-                fix="Begin it again and send it from the start.",
-            )
+    if hmac.compare_digest(file.sha256(), admitted.sha256):
+        return
+    if file.resumed:
+        file.restart()
         raise RefusalError(
-            common_pb2.REFUSAL_REASON_INVALID_UPDATE,
-            "the update is not the one that was announced",
-            expected=f"SHA-256 {row.sha256}",
-            got=file.sha256(),
+            common_pb2.REFUSAL_REASON_BAD_CHUNK,
+            "the coordinator lost a part of the upload when it restarted",
+            fix="Begin it again and send it from the start.",
         )
-    try:
-        plan.codec.decode(file.read(), plan.layout)
-    except WireError as error:
-        raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_UPDATE, str(error)) from None
+    raise RefusalError(
+        common_pb2.REFUSAL_REASON_INVALID_UPDATE,
+        "the update is not the one that was announced",
+        expected=f"SHA-256 {admitted.sha256}",
+        got=file.sha256(),
+    )
 
 
 # ---------------------------------------------------------------------------------------- reports and given-back work
@@ -325,40 +329,51 @@ def abort(context: Context, pacing: Pacing, call: Call, request: device_pb2.Abor
 _ABORT_REASONS = frozenset(device_pb2.AbortReason.values())
 
 
+@dataclass(frozen=True)
+class Accepted:
+    """The update of a report."""
+
+    upload_id: str
+    sha256: str
+    size_bytes: int
+    weight: float
+
+
 def _accept(
     context: Context,
     tx: Transaction,
     holder: Holder,
     metrics: common_pb2.Metrics,
-    upload: Row[tuple[object, ...]] | None = None,
-    weight: float = 0.0,
-) -> None:
-    """The one place where a report comes to count: journal, lease, round and device change together."""
+    upload: Accepted | None = None,
+) -> int:
+    """The one place where a report comes to count: journal, lease, round and device change together.
+
+    Returns the number of the journal's entry.
+    """
     round, device_id, now = holder.round, holder.lease.device_id, context.now()
-    training = upload is not None
-    tx.execute(
-        insert(tables.journal).values(
+    sent = upload or Accepted("", "", 0, 0.0)
+    entry: int = tx.execute(
+        insert(tables.journal)
+        .values(
             round_id=round.round_id,
             device_id=device_id,
-            upload_id=upload.upload_id if upload is not None else None,
-            update_sha256=upload.sha256 if upload is not None else "",
-            weight=weight,
+            upload_id=sent.upload_id or None,
+            update_sha256=sent.sha256,
+            weight=sent.weight,
             examples=metrics.examples,
             loss_sum=metrics.loss_sum,
             correct=metrics.correct,
             accepted_ms=now,
         )
-    )
+        .returning(tables.journal.c.entry)
+    ).scalar_one()
     tx.execute(
         update(tables.leases).where(tables.leases.c.lease_id == holder.lease.lease_id).values(state=LeaseState.REPORTED)
     )
     reports = tx.execute(
         update(tables.rounds)
         .where(tables.rounds.c.round_id == round.round_id)
-        .values(
-            reports=tables.rounds.c.reports + 1,
-            bytes_up=tables.rounds.c.bytes_up + (upload.size_bytes if upload is not None else 0),
-        )
+        .values(reports=tables.rounds.c.reports + 1, bytes_up=tables.rounds.c.bytes_up + sent.size_bytes)
         .returning(tables.rounds.c.reports)
     ).scalar_one()
     tx.execute(
@@ -366,7 +381,7 @@ def _accept(
         .where(tables.devices.c.device_id == device_id)
         .values(accepted_reports=tables.devices.c.accepted_reports + 1, last_seen_ms=now)
     )
-    if training:
+    if upload is not None:
         events.append(
             context,
             tx,
@@ -376,11 +391,12 @@ def _accept(
             version=round.version,
             reports=reports,
             metrics=metrics,
-            bytes_up=upload.size_bytes if upload is not None else 0,
+            bytes_up=upload.size_bytes,
         )
-    tx.after_commit(lambda: context.telemetry.accepted.labels("train" if training else "evaluate").inc())
-    if reports >= round.goal:
-        if training:
-            rounds.move(context, tx, round, Trigger.GOAL)
-        else:
-            commit_evaluation(context, tx, round.round_id, Trigger.GOAL)
+    work = "evaluate" if upload is None else "train"
+    tx.after_commit(lambda: context.telemetry.accepted.labels(work).inc())
+    if reports >= round.goal and upload is not None:
+        rounds.move(context, tx, round, Trigger.GOAL)
+    elif reports >= round.goal:
+        commit_evaluation(context, tx, round.round_id, Trigger.GOAL)
+    return entry

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     open_uploads_per_device: int = Field(2, ge=1, description="uploads that a device may have open")
     held_check_ins: int = Field(10_000, ge=0, description="check-ins that may be held at once")
     max_hold_ms: int = Field(60_000, ge=0, le=60_000, description="longest time that a check-in is held")
-    threads: int = Field(8, ge=1, le=256, description="threads for blocking work")
+    threads: int = Field(4, ge=1, le=256, description="threads for blocking work")
     request_memory_ms: int = Field(24 * 3_600_000, ge=60_000, description="how long answers are kept for repeats")
 
     # --- policy

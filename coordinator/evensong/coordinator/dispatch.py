@@ -97,6 +97,8 @@ class DeviceDispatcher:
             self._registry.forget(enrolled.device_id)
             enrolled.retry.CopyFrom(self._pacing.soon())
             return enrolled
+        if method not in self._handlers:
+            raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "this method answers with a stream")
         call, request = self._admit(method, body, metadata)
         with self._noted(call):
             return self._handlers[method](call, request)
@@ -131,8 +133,7 @@ class DeviceDispatcher:
                 common_pb2.REFUSAL_REASON_UNAVAILABLE, "the coordinator failed inside", fix="Try again later."
             )
         finally:
-            telemetry.calls.labels(name).inc()
-            telemetry.seconds.labels(name).observe(time.perf_counter() - started)
+            telemetry.observe_call(name, time.perf_counter() - started)
         reason = common_pb2.RefusalReason.Name(error.reason).removeprefix("REFUSAL_REASON_")
         telemetry.refusals.labels(name, reason).inc()
         self._context.log.debug("refused", method=name, reason=reason, message=str(error))

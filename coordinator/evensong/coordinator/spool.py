@@ -14,13 +14,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evensong.coordinator import files
+from evensong.coordinator.plan import Plan
+
+
+class FolderSync:
+    """Makes new names in a folder durable: one fsync serves all files that were created before it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._counting = threading.Lock()
+        self._changes = 1  # files of an earlier process count as new
+        self._synced = 0
+
+    def changed(self) -> None:
+        with self._counting:
+            self._changes += 1
+
+    def sync(self) -> None:
+        """Returns once every name that was there at the call is durable."""
+        wanted = self._changes
+        with self._lock:
+            if self._synced < wanted:
+                covered = self._changes
+                files.sync_folder(self._folder)
+                self._synced = covered
 
 
 class SpooledUpload:
     """One growing file. Every method holds ``lock`` while it works; a caller may hold it across several."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, folder: FolderSync) -> None:
         self.path = path
+        self._folder = folder
         self.lock = threading.RLock()
         self._hash = hashlib.sha256()
         self.received = 0
@@ -34,6 +60,8 @@ class SpooledUpload:
         with self.lock, files.typed_errors("writing an update"):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
+                if self.received == 0:
+                    self._folder.changed()
                 files.write_all(descriptor, data, self.received)
             finally:
                 os.close(descriptor)
@@ -45,9 +73,12 @@ class SpooledUpload:
         with self.lock:
             return self._hash.hexdigest()
 
-    def read(self) -> bytes:
-        with self.lock, files.typed_errors("reading an update"):
-            return self.path.read_bytes()[: self.received]
+    def read_into(self, buffer: bytearray) -> None:
+        """Fills ``buffer`` from the start: the memory of one update serves them all."""
+        with self.lock, files.typed_errors("reading an update"), self.path.open("rb", buffering=0) as file:
+            view, start = memoryview(buffer), 0
+            while start < len(buffer) and (count := file.readinto(view[start:])):
+                start += count
 
     def make_durable(self) -> None:
         """The bytes and the file's name survive a power cut."""
@@ -57,7 +88,7 @@ class SpooledUpload:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            files.sync_folder(self.path.parent)
+            self._folder.sync()
 
     def restart(self) -> None:
         """Forgets all bytes: the device sends them again."""
@@ -84,7 +115,8 @@ class Admitted:
     lease_id: str
     fencing_token: int
     expires_ms: int
-    size_bytes: int
+    sha256: str
+    plan: Plan
 
 
 class Spool:
@@ -92,6 +124,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._names = FolderSync(folder)
         self._lock = threading.Lock()
         self._open: dict[str, SpooledUpload] = {}
         self._admitted: dict[str, Admitted] = {}
@@ -102,7 +135,7 @@ class Spool:
         """The upload of that id, from disk if this process has not seen it yet."""
         with self._lock:
             if upload_id not in self._open:
-                self._open[upload_id] = SpooledUpload(self._folder / upload_id)
+                self._open[upload_id] = SpooledUpload(self._folder / upload_id, self._names)
             return self._open[upload_id]
 
     def admit(self, upload_id: str, admitted: Admitted) -> None:

@@ -7,6 +7,8 @@ killed and builds the sum again gets the same bits.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sqlalchemy import select
 
@@ -14,6 +16,7 @@ from evensong.coordinator import tables
 from evensong.coordinator.aggregate import Accumulator
 from evensong.coordinator.context import Context
 from evensong.coordinator.plan import Plan
+from evensong.coordinator.spool import SpooledUpload
 
 
 class RunningSum:
@@ -21,7 +24,9 @@ class RunningSum:
 
     def __init__(self, plan: Plan) -> None:
         self.accumulator = Accumulator(plan.layout, plan.codec)
+        self.buffer = bytearray(plan.update_bytes)
         self.entry = 0
+        self.is_current = False
         self.lock = threading.Lock()
 
 
@@ -33,37 +38,51 @@ class Sums:
         self._lock = threading.Lock()
         self._running: dict[int, RunningSum] = {}
 
-    def catch_up(self, round_id: int, plan: Plan) -> None:
-        """Adds what the journal has and the sum has not; returns at once where another thread is doing so.
+    @contextmanager
+    def adding(self, round_id: int, plan: Plan, file: SpooledUpload, weight: float) -> Iterator[RunningSum]:
+        """Adds an update that the body of the ``with`` then journals, setting ``entry``: one update at a time, so that
+        the order of the sum is the order of the journal.
 
-        An entry that this call leaves out is added by the next one, at the latest by :meth:`complete`.
+        Raises what the codec raises for a bad update; then the sum is as it was. If the body fails or journals nothing,
+        the sum is forgotten and built from the journal when it is needed again.
         """
-        running = self._of(round_id, plan)
-        if running.lock.acquire(blocking=False):
+        with self._locked(round_id, plan) as running:
+            before = running.entry
+            file.read_into(running.buffer)
+            running.accumulator.add(memoryview(running.buffer), weight)
             try:
-                self._add_new(round_id, running)
+                yield running
             finally:
-                running.lock.release()
+                if running.entry == before:
+                    self.drop(round_id)
 
     def complete(self, round_id: int, plan: Plan) -> Accumulator:
         """The sum of every journalled update of a round that accepts no more."""
-        running = self._of(round_id, plan)
-        with running.lock:
-            self._add_new(round_id, running)
+        with self._locked(round_id, plan) as running:
             return running.accumulator
 
     def drop(self, round_id: int) -> None:
-        """The round is over: frees its memory."""
+        """Frees the memory of a round that is over."""
         with self._lock:
             self._running.pop(round_id, None)
 
-    def _of(self, round_id: int, plan: Plan) -> RunningSum:
-        with self._lock:
-            if round_id not in self._running:
-                self._running[round_id] = RunningSum(plan)
-            return self._running[round_id]
+    @contextmanager
+    def _locked(self, round_id: int, plan: Plan) -> Iterator[RunningSum]:
+        """The sum of all that is journalled so far."""
+        while True:
+            with self._lock:
+                running = self._running.get(round_id) or RunningSum(plan)
+                self._running[round_id] = running
+            with running.lock:
+                if self._running.get(round_id) is not running:
+                    continue  # it was dropped while this thread waited
+                if not running.is_current:
+                    self._add_journalled(round_id, running)
+                    running.is_current = True
+                yield running
+                return
 
-    def _add_new(self, round_id: int, running: RunningSum) -> None:
+    def _add_journalled(self, round_id: int, running: RunningSum) -> None:
         with self._context.database.read() as tx:
             entries = tx.execute(
                 select(tables.journal)
