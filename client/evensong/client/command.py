@@ -106,20 +106,18 @@ def _source_of(module: str) -> Path | None:
     """The file of ``a.b.c``, found by a walk over folders: not even ``a`` is imported."""
     top, *rest = module.split(".")
     found = importlib.util.find_spec(top)
-    if found is None:
-        return None
-    if found.origin is None and rest:  # a namespace: an editable install knows only where its packages are
+    if found is None or not rest:
+        return Path(found.origin) if found and found.origin else None
+    roots = [(folder, rest) for folder in found.submodule_search_locations or ()]
+    if found.origin is None:  # a namespace: an editable install may only know where each of its packages is
         inner = importlib.util.find_spec(f"{top}.{rest[0]}")
-        places = [(inner.submodule_search_locations or (), rest[1:])] if inner else []
-    else:
-        places = []
-    for folders, names in [(found.submodule_search_locations or (), rest), *places]:
-        for folder in folders:
-            path = Path(folder, *names)
-            for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-                if candidate.exists():
-                    return candidate
-    return Path(found.origin) if found.origin and not rest else None
+        roots += [(folder, rest[1:]) for folder in (inner and inner.submodule_search_locations) or ()]
+    for folder, names in roots:
+        path = Path(folder, *names)
+        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+            if candidate.exists():
+                return candidate
+    return None
 
 
 def _help(verbs: dict[str, str]) -> str:
