@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compile_harness import ENGINES
 
 from evensong.mobile_runtime import load
 from evensong.mobile_runtime.compiler import PostTrainingInt8, compile, zoo
@@ -55,6 +60,8 @@ def test_int8_loses_at_most_one_point_on_digits(
         expected = trained.eval()(torch.from_numpy(test_x)).numpy()
     accuracy = float((expected.argmax(1) == test_y).mean())
     session = load(compiled)
+    for engine in ENGINES:  # integers: the same bits everywhere
+        np.testing.assert_array_equal(load(compiled, engine=engine).predict(test_x[:50]), session.predict(test_x[:50]))
     assert accuracy > 0.93
     assert session.evaluate(test_x, test_y).accuracy >= accuracy - 0.01
     error = np.abs(session.predict(test_x) - expected).mean()

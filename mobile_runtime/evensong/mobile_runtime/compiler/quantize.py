@@ -30,14 +30,13 @@ def quantize_frozen(graph: Graph, calibrator: Calibrator, trainable: set[Value])
     _share_ranges_of_joined(frozen, ranges, graph)
     work = Quantizer(graph, ranges, graph.readers())
     nodes, graph.nodes = graph.nodes, []
-    unchanged = set(map(id, nodes)) - set(map(id, frozen))
+    convertible = set(map(id, frozen))
     for node in nodes:
+        if id(node) in work.merged:
+            continue
         work.place = node.place
-        rule = RULES.get(node.op)
-        if id(node) in unchanged or id(node) in work.merged:
-            if id(node) in unchanged:
-                _keep(work, node)
-        elif rule is None or not rule(work, node):
+        rule = RULES.get(node.op) if id(node) in convertible else None
+        if rule is None or not rule(work, node):
             _keep(work, node)
     for name, value in graph.outputs.items():
         graph.outputs[name] = work.float_of(value)
@@ -212,7 +211,8 @@ def _table(q: Quantizer, node: Node) -> bool:
 
 def _move(q: Quantizer, node: Node) -> bool:
     readers = q.readers.get(node.outputs[0].root, [])
-    if not q.has_int8(node.inputs[0]) and not all(_is_quantised_layer(reader) for reader in readers):
+    wanted = bool(readers) and all(_is_quantised_layer(reader) for reader in readers)
+    if not q.has_int8(node.inputs[0]) and not wanted:
         return False  # else the input is quantised first: a quarter of the bytes move
     x = q.int8_of(node.inputs[0])
     q.graph.add(node.op, [x], [q.define(node.outputs[0], _same(x))], q.place, **node.attrs)
