@@ -16,7 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="run only rows whose name fits this shell pattern")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="run only rows whose name fits this shell pattern"
+    )
     arguments = parser.parse_args()
     rows: list[Row] = []
     for row in importlib.import_module(f"benchmarks.{arguments.name}").run(arguments.only):

@@ -50,7 +50,9 @@ class Row:
     def __str__(self) -> str:
         if self.ratio is None:
             return f"{self.name}: {self.ours:.4g} {self.unit}"
-        return f"{self.name}: ours {self.ours:.4g} {self.unit}, peer {self.peer:.4g} {self.unit}, ratio {self.ratio:.2f}"
+        return (
+            f"{self.name}: ours {self.ours:.4g} {self.unit}, peer {self.peer:.4g} {self.unit}, ratio {self.ratio:.2f}"
+        )
 
 
 def wanted(name: str, only: str) -> bool:

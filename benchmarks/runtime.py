@@ -58,7 +58,7 @@ def run(only: str) -> Iterator[Row]:
         yield from import_client()
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def train_step(name: str) -> Row:
@@ -72,7 +72,9 @@ def train_step(name: str) -> Row:
         if abs(actual - expected) > TOLERANCE * abs(expected):
             raise AssertionError(f"{name}: our loss in step {step} is {actual}, torch's is {expected}")
     ours, peer = in_turns(
-        lambda: session.train_step(images, labels, learning_rate=0.001), eager, seconds=12 if name == "fedavg_cnn" else 6
+        lambda: session.train_step(images, labels, learning_rate=0.001),
+        eager,
+        seconds=12 if name == "fedavg_cnn" else 6,
     )
     return Row(f"train_step/{name}", ours * 1e6, peer * 1e6, "us", "lower")
 
@@ -91,7 +93,7 @@ def _eager_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[
     return step
 
 
-# --------------------------------------------------------------------------------------------------------------- inference
+# ------------------------------------------------------------------------------------------------------------ inference
 
 
 def inference(name: str, *, int8: bool) -> Row:
@@ -114,7 +116,7 @@ def inference(name: str, *, int8: bool) -> Row:
 
 
 def _check_close(name: str, session: Session, one: Floats, expected: Floats) -> None:
-    error = float(np.abs(session.predict(one) - expected).max())
+    error = float(np.abs(np.subtract(session.predict(one), expected, dtype=np.float64)).max())
     if error > 1e-4:
         raise AssertionError(f"{name}: our prediction differs from ONNX Runtime's by {error}")
 
@@ -160,7 +162,7 @@ def _model_and_batch(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return make(), torch.randn(BATCH, *shape), torch.randint(0, classes, (BATCH,))
 
 
-# ------------------------------------------------------------------------------------------------------------------ import
+# --------------------------------------------------------------------------------------------------------------- import
 
 
 _IMPORT = """
@@ -178,7 +180,7 @@ print(json.dumps([seconds, kilobytes / 1024, heavy]))
 
 
 def import_client() -> Iterator[Row]:
-    """Seconds and resident megabytes of a fresh process that imports the device SDK and loads the engine; the best of five."""
+    """Seconds and resident megabytes of a new process that imports the device SDK and the engine; the best of five."""
     results = []
     for _ in range(5):
         answer = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)

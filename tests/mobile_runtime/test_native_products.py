@@ -1,4 +1,4 @@
-"""Linear and convolution kernels of every instruction set against torch in double precision: forward and both gradients."""
+"""Linear and convolution kernels of every instruction set against torch in double precision, with both gradients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def to_numpy(tensor: object) -> Floats:
     return values
 
 
-# ------------------------------------------------------------------------------------------------------------------ linear
+# --------------------------------------------------------------------------------------------------------------- linear
 
 _rows = st.one_of(st.integers(1, 40), st.sampled_from([255, 256, 257, 600]))
 _width = st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 300]))
@@ -82,11 +82,13 @@ def test_a_nan_survives_the_fused_activation(rows: int) -> None:
     x = np.ones((rows, 3), np.float32)
     x[0, 0] = np.nan
     for isa in instruction_sets():
-        (y,) = run_one("LINEAR", [x, np.ones((2, 3), np.float32)], [(rows, 2)], machine=native_machine(isa), activation=1)
+        (y,) = run_one(
+            "LINEAR", [x, np.ones((2, 3), np.float32)], [(rows, 2)], machine=native_machine(isa), activation=1
+        )
         assert np.isnan(y[0]).all()
 
 
-# ------------------------------------------------------------------------------------------------------------- convolution
+# ---------------------------------------------------------------------------------------------------------- convolution
 
 
 @dataclass(frozen=True)

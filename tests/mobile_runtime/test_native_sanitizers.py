@@ -28,7 +28,12 @@ TESTS = [
 def test_no_memory_error_and_no_undefined_behaviour(tmp_path: Path) -> None:
     library = build_engine(
         tmp_path / "libevensong.so",
-        extra_flags=["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"],
+        extra_flags=[
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=undefined",
+            "-fno-omit-frame-pointer",
+            "-g1",
+        ],
     )
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     folder = Path(__file__).parent

@@ -3,6 +3,7 @@
 // Every kernel source is compiled once per instruction set with -DEVENSONG_ISA=name, inside `namespace evensong::name`,
 // and fills one table indexed by operation code. The loader has verified ranks, shapes, dtypes and regions before a kernel
 // runs; VALUES in memory (embedding ids, labels, pooling indices) are still hostile, and kernels check them as they use them.
+// Operands in the host's buffers are aligned for their element type only, all others to 64 bytes.
 #pragma once
 
 #include <stddef.h>

@@ -1,7 +1,7 @@
 """Builds the engine into the package folder of a source tree: ``python -m evensong.mobile_runtime.build_engine``.
 
-``pip install`` builds it with CMake. This needs nothing but a C++ compiler (``CXX``, or the first of g++ and clang++), and
-rebuilds only what changed. Both read ``engine/build.txt``.
+``pip install`` builds it with CMake. This needs nothing but a C++ compiler (``CXX``, or the first of g++ and clang++),
+and rebuilds only what changed. Both read ``engine/build.txt``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def build_engine(output: Path = LIBRARY, *, extra_flags: Sequence[str] = ()) -> 
     # Builds with other flags keep their objects apart: two of them may run at once.
     folder = OBJECTS / hashlib.sha256(" ".join([compiler, *extra_flags]).encode()).hexdigest()[:8]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda unit: _compile(compiler, unit[0], unit[1], [*unit[2], *extra_flags], folder), units))
+        objects = list(
+            pool.map(lambda unit: _compile(compiler, unit[0], unit[1], [*unit[2], *extra_flags], folder), units)
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     # A process may have the old library mapped: write beside it, then replace it in one step.
     fresh = output.with_suffix(f".{os.getpid()}.tmp")

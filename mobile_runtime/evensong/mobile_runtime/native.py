@@ -1,4 +1,4 @@
-"""The compiled engine, loaded with ctypes. ``engine/include/evensong.h`` documents the C face that this file mirrors."""
+"""The compiled engine, loaded with ctypes. ``engine/include/evensong.h`` documents the C face behind this file."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ class NativeMachine:
         handle = ctypes.c_void_p()
         name = instruction_set.encode() if instruction_set else None
         self._check(
-            self._library.evensong_open_on(name, data, len(data), 0, ctypes.byref(handle), self._message, _MESSAGE_BYTES)
+            self._library.evensong_open_on(
+                name, data, len(data), 0, ctypes.byref(handle), self._message, _MESSAGE_BYTES
+            )
         )
         self._handle = handle
         self._run = self._library.evensong_run
@@ -152,7 +154,7 @@ class NativeMachine:
         return int(self._library.evensong_memory_bytes(self._live_handle()))
 
     def close(self) -> None:
-        """Frees the engine's memory. :attr:`state` and :attr:`slots` become empty; views taken before must not be used."""
+        """Frees the engine's memory. Views of :attr:`state` and :attr:`slots` taken before are no longer valid."""
         handle, self._handle = self._handle, None
         if handle is not None:
             self.state = self.slots = self.state[:0].copy()

@@ -1,4 +1,4 @@
-"""Writes ``engine/src/opcodes.h`` from :data:`evensong.wire.program.OPS`: ``python -m evensong.mobile_runtime.opcodes_header``."""
+"""Writes ``engine/src/opcodes.h`` from the operation set: ``python -m evensong.mobile_runtime.opcodes_header``."""
 
 from __future__ import annotations
 

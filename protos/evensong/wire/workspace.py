@@ -1,6 +1,6 @@
 """How much packing workspace a program's kernels may use: a bound that compiler and engines compute alike.
 
-The C++ engine mirrors this file in ``workspace.hpp``; a test holds the two equal. The workspace holds what a matrix product
+The C++ engine mirrors this file in ``workspace.hpp``; a test holds the two equal. It holds what a matrix product
 repacks for speed, never a whole unfolded image: at most one block of patches and one block of packed weights at a time.
 
 Every need grows with the number of rows, so that a bound for ``max_batch`` examples also holds for fewer.
@@ -66,7 +66,7 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
 
 
 def patch_elements(depth: int, pixels: int) -> int:
-    """Elements of one block of patches: rows of ``depth`` elements, padded to whole panels and an odd number of cache lines."""
+    """Elements of one block of patches: rows of ``depth``, padded to whole panels and an odd number of cache lines."""
     stride = _round_up(depth, PANEL) + PANEL // 2
     return stride * min(pixels, max(LEAST_PATCHES, min(MOST_PATCHES, PATCH_ELEMENTS // stride)))
 
@@ -78,7 +78,7 @@ def weight_elements(depth: int, columns: int) -> int:
 
 
 def int8_product_bytes(depth: int, columns: int) -> int:
-    """Packed int8 weights (as int16 where the CPU cannot multiply bytes), one int32 a column, and INT8_ROWS rows of patches."""
+    """Packed int8 weights (int16 where the CPU cannot multiply bytes), an int32 a column, INT8_ROWS rows of patches."""
     padded = _round_up(depth, 4)
     block = min(_round_up(columns, PANEL), max(PANEL, INT8_WEIGHTS // padded // PANEL * PANEL))
     return (2 * padded + 4) * block + _round_up((2 * INT8_ROWS + 1) * padded, 64) + INT8_SLACK
