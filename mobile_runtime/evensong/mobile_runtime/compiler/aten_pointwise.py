@@ -31,6 +31,18 @@ def hardtanh(b: Builder, x: View, low: Number = -1, high: Number = 1) -> View:
     return _unary(Activation.RELU6)(b, x)
 
 
+def hardsigmoid(b: Builder, x: View) -> View:
+    """``relu6(x + 3) / 6``."""
+    return scale(b, _unary(Activation.RELU6)(b, scale(b, x, 1.0, 3.0)), 1 / 6, 0.0)
+
+
+def leaky_relu(b: Builder, x: View, negative_slope: Number = 0.01) -> View:
+    """``slope x + (1 - slope) relu(x)``."""
+    slope = float(negative_slope)
+    positive = scale(b, _unary(Activation.RELU)(b, x), 1 - slope, 0.0)
+    return _binary(b, "ADD", positive, scale(b, x, slope, 0.0))
+
+
 def clamp(b: Builder, x: View, low: Number | None = None, high: Number | None = None) -> View:
     """``clamp(min=0)`` and ``clamp(0, 6)``."""
     require(low == 0 and high in (None, 6), "clamp with other bounds", expected="(0, None) or (0, 6)", got=(low, high))
@@ -178,8 +190,11 @@ TABLE: dict[str, Callable[..., Any]] = {
     **{f"aten.{name}.default": _unary(kind) for name, kind in _ACTIVATIONS.items()},
     **{f"aten.{name}_.default": _unary(kind) for name, kind in _ACTIVATIONS.items()},
     "aten.gelu.default": gelu,
+    "aten.hardsigmoid.default": hardsigmoid,
     "aten.hardtanh.default": hardtanh,
     "aten.hardtanh_.default": hardtanh,
+    "aten.leaky_relu.default": leaky_relu,
+    "aten.leaky_relu_.default": leaky_relu,
     "aten.clamp.default": clamp,
     "aten.clamp_min.default": clamp,
     "aten.add.Tensor": add,

@@ -60,6 +60,13 @@ def cat(b: Builder, views: Sequence[View], dim: int = 0) -> View:
     return View(value, b.shape, first.order)
 
 
+def stack(b: Builder, views: Sequence[View], dim: int = 0) -> View:
+    """Joins along a new axis that is not the batch's place."""
+    axis = dim % len(b.shape)
+    widened = (*views[0].shape[:axis], 1, *views[0].shape[axis:])
+    return cat(b, [reshaped(b.graph, view, widened, b.place) for view in views], axis)
+
+
 def slice_(b: Builder, x: View, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> View:
     """``x[..., start:end, ...]``."""
     axis = x.axis(dim)
@@ -139,6 +146,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "aten.transpose.int": transpose,
     "aten.t.default": transpose,
     "aten.cat.default": cat,
+    "aten.stack.default": stack,
     "aten.slice.Tensor": slice_,
     "aten.select.int": select,
     "aten.split.Tensor": split,
