@@ -1,8 +1,7 @@
 // Int8 matrix products: y[r, o] = requantise(bias[o] + sum over k of x[r, k] w[o, k]).
 //
-// Two forms. Few rows: one dot product along k for each output, weights read once where they lie (`DotForm`). Many
-// rows: weights are repacked so that lanes are outputs, and a tile of rows multiplies a panel of two vectors
-// (`PanelForm`).
+// Few rows (multiply_row): one dot product along k for each output, weights read once where they lie. Many rows
+// (multiply_rows): weights are repacked so that lanes are outputs, and a tile of rows multiplies a panel of columns.
 #pragma once
 
 #include "int8_vec.hpp"
@@ -46,8 +45,7 @@ EVENSONG_INLINE Ints4 sum_each(const Ints* v) {
 
 // y[outputs] of one row x[depth], depth >= kDotStep.
 static void multiply_row(const Int8Layer& layer, const int8_t* x, int8_t* y) {
-    // Where the depth is no multiple of a step, a last step ends with the row; there x is zero where it was multiplied
-    // before.
+    // The last step ends with the row, where it may meet places that have been multiplied before: there x is zero.
     const size_t depth = layer.depth, whole = depth / kDotStep * kDotStep, last = depth - kDotStep;
     int8_t buffer[kDotStep] = {};
     for (size_t k = whole; k < depth; ++k) buffer[k - last] = x[k];
@@ -84,9 +82,9 @@ static void multiply_row(const Int8Layer& layer, const int8_t* x, int8_t* y) {
 
 constexpr size_t kPanelColumns = 2 * kLanes;
 
-// Repacks weights [outputs, depth] into panels [depth / kGroup][kPanelColumns][kGroup], zero beyond the depth, and the
-// bias less what the cells' offset will add. Columns beyond the outputs repeat the last one; nobody reads what they
-// give.
+// Repacks weights [outputs, depth] into panels [depth / kGroup][kPanelColumns][kGroup], zero beyond the depth, and
+// takes what the cells' offset will add off the bias. Columns beyond the outputs repeat the last one; nobody reads
+// their sums.
 static void pack_weights(const Int8Layer& layer, size_t first, size_t columns, WeightCell* packed, int32_t* bias) {
     constexpr size_t kStep = 4 * kGroup, kLine = kPanelColumns * kGroup;
     const size_t depth = layer.depth, whole = depth / kStep * kStep, rest = depth - whole;
@@ -133,8 +131,9 @@ static void multiply_tile(const Int8Layer& layer, const Cell* cells, size_t cell
     const size_t groups = cell_stride / kGroup;
     Ints sums[kRows][kVectors];
     EVENSONG_UNROLL
-    for (size_t i = 0; i < kRows * kVectors; ++i)
+    for (size_t i = 0; i < kRows * kVectors; ++i) {
         sums[i / kVectors][i % kVectors] = load_as<Ints>(bias + i % kVectors * kLanes);
+    }
     for (size_t g = 0; g < groups; ++g, panel += kPanelColumns * kGroup) {
         Ints weights[kVectors];
         EVENSONG_UNROLL
@@ -158,8 +157,8 @@ static void multiply_tile(const Int8Layer& layer, const Cell* cells, size_t cell
     }
 }
 
-// All rows. `cells_of(row, cells)` writes one row of cells, see fill_cells; it is called in order, once for each block
-// of weights.
+// All rows. cells_of(row, cells) writes one row of cells, see copy_cells, and is called for all rows in order, once for
+// each block of weights.
 template <class CellsOf>
 EVENSONG_INLINE void multiply_rows(const Int8Layer& layer, size_t rows, int8_t* y, char* workspace, CellsOf cells_of) {
     const size_t depth = (layer.depth + 3) / 4 * 4, block = workspace::int8_columns(layer.depth, layer.outputs);

@@ -42,6 +42,10 @@ struct Convolution {
           line(size_t(width) * channels),
           image(size_t(height) * line) {}
 
+    // Where a window starts; in the padding, if negative.
+    int32_t top_of(uint32_t row) const { return int32_t(row) * stride_h - pad_top; }
+    int32_t left_of(uint32_t column) const { return int32_t(column) * stride_w - pad_left; }
+
     // Whether every patch is a run of x, and one follows the other: a matrix product over x as it lies.
     bool is_product() const {
         return kernel_h == 1 && kernel_w == 1 && stride_h == 1 && stride_w == 1 && !pad_top && !pad_left && groups == 1;
@@ -74,27 +78,27 @@ struct Taps {
     int32_t count() const { return end - begin; }
 };
 
-// The patch of x under one output pixel, [kernel_h, kernel_w, group_channels], as bytes or as cells; padding reads the
-// zero point. Up to 15 items beyond its end are written.
+// The patch of x under one output pixel, [kernel_h, kernel_w, group_channels], as cells; padding reads the zero point.
+// Up to 15 cells beyond its end are written.
 __attribute__((noinline)) void gather_patch(const Convolution& c, size_t group, const Pixel& pixel, Cell* patch) {
-    const int32_t top = int32_t(pixel.row) * c.stride_h - c.pad_top,
-                  left = int32_t(pixel.column) * c.stride_w - c.pad_left;
+    const int32_t top = c.top_of(pixel.row), left = c.left_of(pixel.column);
     const Taps taps(left, c.dilation_w, c.kernel_w, c.width);
-    const size_t part = c.group_channels, line_items = size_t(c.kernel_w) * part;
+    const size_t part = c.group_channels, line_cells = size_t(c.kernel_w) * part;
     const size_t before = size_t(taps.begin) * part, inside = size_t(taps.count()) * part;
-    const bool contiguous = c.dilation_w == 1 && c.groups == 1;
-    const size_t run = contiguous ? inside : part, step = size_t(c.dilation_w) * c.channels;
-    const int8_t* first =
-        c.x + pixel.image * c.image + size_t(left + taps.begin * c.dilation_w) * c.channels + group * part;
-    for (int32_t kh = 0, h = top; kh < c.kernel_h; ++kh, h += c.dilation_h, patch += line_items) {
-        if (h < 0 || h >= c.height || inside < line_items) fill_cells(patch, c.zero_point, line_items);
+    const size_t run = c.dilation_w == 1 && c.groups == 1 ? inside : part, step = size_t(c.dilation_w) * c.channels;
+    const size_t column = inside ? size_t(left + taps.begin * c.dilation_w) : 0;
+    const int8_t* first = c.x + pixel.image * c.image + column * c.channels + group * part;
+    for (int32_t kh = 0, h = top; kh < c.kernel_h; ++kh, h += c.dilation_h, patch += line_cells) {
+        if (h < 0 || h >= c.height || inside < line_cells) fill_cells(patch, c.zero_point, line_cells);
         if (h < 0 || h >= c.height || inside == 0) continue;
         const int8_t* from = first + size_t(h) * c.line;
-        for (size_t done = 0; done < inside; done += run, from += step)
+        for (size_t done = 0; done < inside; done += run, from += step) {
             copy_cells(patch + before + done, from, c.x_end, run);
-        // The last step may have run over the padding behind it.
-        if (before + inside < line_items)
-            fill_cells(patch + before + inside, c.zero_point, line_items - before - inside);
+        }
+        // The last copy may have run over the padding behind it.
+        if (before + inside < line_cells) {
+            fill_cells(patch + before + inside, c.zero_point, line_cells - before - inside);
+        }
     }
 }
 
@@ -152,8 +156,7 @@ void convolve_depthwise(const Convolution& c, const Call& call, const Requantize
     int8_t* y = call.out[0].i8_mut();
     const int8_t* y_end = y + call.out[0].elements;
     for (Pixel pixel(call.out[0]); y < y_end; y += channels, pixel.next()) {
-        const int32_t top = int32_t(pixel.row) * c.stride_h - c.pad_top,
-                      left = int32_t(pixel.column) * c.stride_w - c.pad_left;
+        const int32_t top = c.top_of(pixel.row), left = c.left_of(pixel.column);
         const Taps rows(top, c.dilation_h, c.kernel_h, c.height), columns(left, c.dilation_w, c.kernel_w, c.width);
         const int8_t* x = c.x + pixel.image * c.image;
         size_t first_weight = 0;

@@ -40,8 +40,7 @@ constexpr size_t kLanes = EVENSONG_LANES;  // 32-bit lanes in a vector
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));  // two to a 32-bit lane
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));        // one to a 32-bit lane
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));  // one to a 32-bit lane
 typedef float Floats4 __attribute__((vector_size(16)));
 
 // ------------------------------------------------------------------------------------------------- loads and stores
@@ -65,8 +64,7 @@ EVENSONG_INLINE void store_as(void* p, Vector v) {
 EVENSONG_INLINE Floats load(const float* p) { return load_as<Floats>(p); }
 EVENSONG_INLINE void store(float* p, Floats v) { store_as(p, v); }
 
-// Signed bytes to lanes and back; too large lanes lose their high bits. By hand: GCC's own conversion goes byte by
-// byte.
+// Signed bytes to lanes, and lanes to their low bytes. By hand: GCC's own conversion takes them one at a time.
 EVENSONG_INLINE Ints widen(const void* p) {
 #if EVENSONG_LANES == 16
     return Ints(_mm512_maskz_cvtepi8_epi32(0xffff, load_as<__m128i>(p)));
@@ -104,7 +102,7 @@ EVENSONG_INLINE Ints lane_numbers() {
 #endif
 }
 
-// The first `count` < kLanes elements; the other lanes are zero. No byte beyond them is touched.
+// The first `count` elements, 0 < count < kLanes; the other lanes are zero. No byte beyond them is touched.
 #if EVENSONG_LANES == 16
 EVENSONG_INLINE Floats load_partial(const float* p, size_t count) {
     return Floats(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
@@ -119,14 +117,14 @@ EVENSONG_INLINE Floats load_partial(const float* p, size_t count) {
 EVENSONG_INLINE void store_partial(float* p, Floats v, size_t count) {
     _mm256_maskstore_ps(p, __m256i(lane_numbers() < splat(int32_t(count))), __m256(v));
 }
-#else  // calls, not inlined: they are rare, and their loops would double the library
+#else  // calls, not inlined: they are rare, and would double the size of every loop
 __attribute__((noinline, unused)) static Floats load_partial(const float* p, size_t count) {
-    float lanes[kLanes] = {};
-    for (size_t i = 0; i < count; ++i) lanes[i] = p[i];
-    return load(lanes);
+    return Floats{p[0], count > 1 ? p[1] : 0.0f, count > 2 ? p[2] : 0.0f, 0.0f};
 }
 __attribute__((noinline, unused)) static void store_partial(float* p, Floats v, size_t count) {
-    for (size_t i = 0; i < count; ++i) p[i] = v[i];
+    p[0] = v[0];
+    if (count > 1) p[1] = v[1];
+    if (count > 2) p[2] = v[2];
 }
 #endif
 
@@ -194,9 +192,9 @@ EVENSONG_INLINE Floats square_root(Floats v) {
 #endif
 }
 
-// Nearest integer, ties to even, of |v| < 2^22; anything else gives an arbitrary lane but no undefined behaviour.
-constexpr float kRoundingBias = 12582912.0f;  // 1.5 * 2^23: its unit in the last place is 1
-EVENSONG_INLINE Ints round_to_int(Floats v) { return Ints(Words(v + kRoundingBias) - 0x4b400000u); }
+// 1.5 * 2^23: its unit in the last place is 1, so that adding it to |v| < 2^22 rounds v to the nearest integer, ties to
+// even.
+constexpr float kRoundingBias = 12582912.0f;
 
 // ------------------------------------------------------------------------------------------------- across lanes
 
