@@ -110,7 +110,7 @@ class Daemon:
 
 
 class Connection:
-    """A dispatcher over gRPC that finds the daemon again after each restart; calls raise AioRpcError when it is gone."""
+    """A dispatcher over gRPC that finds the daemon again after each restart; raises AioRpcError when it is gone."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon

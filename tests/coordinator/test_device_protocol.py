@@ -30,7 +30,7 @@ def everything(world: World) -> dict[str, list[Any]]:
     """All rows of all tables but the notes on a device's last call."""
     with closing(sqlite3.connect(world.settings.database_path)) as connection:
         content = {
-            table: connection.execute(f"select * from {table} order by 1, 2").fetchall()  # noqa: S608
+            table: connection.execute(f"select * from {table} order by 1, 2").fetchall()
             for table in tables.metadata.tables
             if table != "devices"
         }
@@ -146,9 +146,10 @@ def test_a_wrong_enrolment_token_is_refused(tmp_path: Path, fault: str) -> None:
 
 def test_an_enrolment_token_serves_once_and_expires(tmp_path: Path) -> None:
     async def play(s: Scene) -> None:
-        operators, new = s.world.core.operators, [
-            TinyDevice(s.world.core.devices, seed, s.world.clock.unix_ms) for seed in (98, 99)
-        ]
+        operators, new = (
+            s.world.core.operators,
+            [TinyDevice(s.world.core.devices, seed, s.world.clock.unix_ms) for seed in (98, 99)],
+        )
         request = operator_pb2.CreateEnrolmentTokenRequest(
             request_id=new_request_id(), population=POPULATION, lifetime_ms=1_000
         )
@@ -179,7 +180,7 @@ def test_an_enrolment_is_signed_by_the_key_that_it_registers(tmp_path: Path) -> 
     scene(tmp_path, play)
 
 
-# ---------------------------------------------------------------------------------------------------- malformed requests
+# ------------------------------------------------------------------------------------------------- malformed requests
 
 
 def test_bytes_that_are_no_message_and_methods_that_do_not_exist_are_refused(tmp_path: Path) -> None:
@@ -234,9 +235,7 @@ def test_a_request_id_with_other_content_is_a_replay(tmp_path: Path) -> None:
         request_id = new_request_id()
         first = await other.check_in(request_id=request_id)
         assert first.HasField("assignment")
-        await refused(
-            s, common_pb2.REFUSAL_REASON_REPLAY, other.check_in(request_id=request_id, training_examples=11)
-        )
+        await refused(s, common_pb2.REFUSAL_REASON_REPLAY, other.check_in(request_id=request_id, training_examples=11))
         request = device_pb2.AbortRequest(request_id=request_id, lease=first.assignment.lease)
         await refused(s, common_pb2.REFUSAL_REASON_REPLAY, other.send("Abort", request, device_pb2.AbortResponse))
         again = await other.check_in(request_id=request_id)
@@ -263,9 +262,7 @@ def test_an_update_of_the_wrong_length_or_without_a_hash_is_refused_before_a_byt
     async def play(s: Scene) -> None:
         await refused(s, common_pb2.REFUSAL_REASON_INVALID_UPDATE, s.device.begin(s.lease, s.update + b"\0"))
         reference = common_pb2.BlobRef(sha256=b"short", size_bytes=len(s.update))
-        await refused(
-            s, common_pb2.REFUSAL_REASON_INVALID_REQUEST, s.device.begin(s.lease, s.update, update=reference)
-        )
+        await refused(s, common_pb2.REFUSAL_REASON_INVALID_REQUEST, s.device.begin(s.lease, s.update, update=reference))
 
     scene(tmp_path, play)
 
@@ -328,9 +325,7 @@ def test_the_number_of_open_uploads_is_limited(tmp_path: Path) -> None:
 def test_a_weight_out_of_bounds_is_refused(tmp_path: Path, weight: float) -> None:
     async def play(s: Scene) -> None:
         upload_id = await s.device.upload(s.lease, s.update)
-        await refused(
-            s, common_pb2.REFUSAL_REASON_INVALID_UPDATE, s.device.commit(upload_id, s.lease, weight=weight)
-        )
+        await refused(s, common_pb2.REFUSAL_REASON_INVALID_UPDATE, s.device.commit(upload_id, s.lease, weight=weight))
         assert not (await s.device.commit(upload_id, s.lease, weight=100.0)).HasField("refusal")
 
     scene(tmp_path, play)

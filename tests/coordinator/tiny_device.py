@@ -1,4 +1,4 @@
-"""A device written on the wire package alone, an artifact without a program to run, and a coordinator under a fake clock."""
+"""A device written on the wire package alone, an artifact without a program, and a coordinator under a fake clock."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ POPULATION = "testers"
 RUNTIME = "0.1.0"
 
 
-# ------------------------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------------------------- models
 
 
 def make_artifact(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, Layout]:
@@ -88,7 +88,7 @@ def make_bundle(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ device
+# ------------------------------------------------------------------------------------------------------------- device
 
 
 class TinyDevice:
@@ -203,7 +203,7 @@ class TinyDevice:
         return task_pb2.VersionManifest.FromString(verify_blob("version", assignment.version, self.signer))
 
 
-# --------------------------------------------------------------------------------------------------- a fake clock's world
+# ----------------------------------------------------------------------------------------------- a fake clock's world
 
 
 class FakeClock:
@@ -261,6 +261,9 @@ def plain_average() -> Optimizers:
     return optimizers
 
 
+_lives = itertools.count()
+
+
 class World:
     """A whole coordinator in this process, deterministic: no threads, no sockets, a fake clock."""
 
@@ -274,7 +277,7 @@ class World:
             self.settings,
             clock=self.clock,
             run_blocking=run_inline,
-            rng=random.Random(1),
+            rng=random.Random(next(_lives)),
             optimizers=plain_average(),
             fault=fault,
         )

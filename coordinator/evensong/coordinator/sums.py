@@ -50,10 +50,12 @@ class Sums:
             before = running.entry
             file.read_into(running.buffer)
             running.accumulator.add(memoryview(running.buffer), weight)
+            journalled = False
             try:
                 yield running
+                journalled = running.entry != before
             finally:
-                if running.entry == before:
+                if not journalled:  # the transaction may fail after the entry has its number
                     self.drop(round_id)
 
     def complete(self, round_id: int, plan: Plan) -> Accumulator:
