@@ -66,8 +66,8 @@ def summarise(
         memory={
             "to predict": memory.inference_peak,
             "to train": memory.training_peak,
-            "of it parameters": memory.state,
-            "of it optimiser": memory.slots,
+            "of which parameters": memory.state,
+            **({"of which optimiser": memory.slots} if memory.slots else {}),
         },
         seconds=seconds,
         seed=seed,

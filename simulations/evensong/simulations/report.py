@@ -227,7 +227,9 @@ summary { cursor: pointer; font-weight: 600; }
   display: flex; flex-direction: column; }
 .tiles b { font-size: 1.35rem; line-height: 1.2; } .tiles small { color: var(--quiet); margin-top: .3rem; }
 .tiles span { font-size: .9rem; }
-.plot { width: 100%; height: auto; display: block; font: 13px system-ui, sans-serif; } .plot text { fill: var(--ink); }
+section { overflow-x: auto; }
+.plot { width: 100%; min-width: 540px; height: auto; display: block;
+  font: 13px system-ui, sans-serif; } .plot text { fill: var(--ink); }
 .plot .quiet { fill: var(--quiet); } .plot .strong { font-weight: 650; } .plot .small { font-size: 11.5px; }
 .plot .federated-text { fill: var(--federated); } .plot .on-dark { fill: var(--card); }
 .grid { stroke: var(--rule); stroke-width: 1; } .rule { stroke: var(--quiet); stroke-width: 1; }

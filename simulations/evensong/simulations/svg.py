@@ -26,8 +26,7 @@ def line_chart(title: str, points: Sequence[tuple[float, float]], *, x_label: st
         )
 
     parts = []
-    for tick in range(6):
-        value = lowest + (1 - lowest) * tick / 5
+    for value in _percentages(lowest):
         _, y = place(0, value)
         parts.append(_line(_LEFT, y, WIDTH - _RIGHT - 44, y, "grid"))
         parts.append(_text(_LEFT - 8, y + 4, f"{value:.0%}", "end"))
@@ -65,8 +64,7 @@ def dumbbells(
         return _LEFT + (WIDTH - _LEFT - _RIGHT) * (max(value, lowest) - lowest) / (1 - lowest)
 
     parts = []
-    for tick in range(6):
-        value = lowest + (1 - lowest) * tick / 5
+    for value in _percentages(lowest):
         parts.append(_line(place(value), top - 8, place(value), height - 34, "grid"))
         parts.append(_text(place(value), height - 16, f"{value:.0%}", "middle"))
     for index, (name, *values) in enumerate([*rows, ("mean", *means)]):
@@ -113,8 +111,9 @@ def heat_map(title: str, names: Sequence[str], classes: Sequence[str], counts: S
     column = (WIDTH - _LEFT - _RIGHT) / max(len(classes), 1)
     largest = max((count for row in counts for count in row), default=1) or 1
     parts = [
-        _text(_LEFT + column * (index + 0.5), top - 10, name[: max(3, int(column / 7))], "middle")
-        for index, name in enumerate(classes)
+        _text(_LEFT + column * (index + 0.5), top - 8 - 14 * (len(words) - 1 - line), word, "middle", "small")
+        for index, words in enumerate(name.split() for name in classes)
+        for line, word in enumerate(words)
     ]
     for row, (name, values) in enumerate(zip(names, counts, strict=True)):
         y = top + row_height * row
@@ -174,6 +173,13 @@ def _ring(x: float, y: float, title: str) -> str:
 def _diamond(x: float, y: float, title: str) -> str:
     corners = f"{x:.1f},{y - 7:.1f} {x + 7:.1f},{y:.1f} {x:.1f},{y + 7:.1f} {x - 7:.1f},{y:.1f}"
     return f'<polygon points="{corners}" class="personalised"><title>{escape(title)}</title></polygon>'
+
+
+def _percentages(lowest: float) -> list[float]:
+    """Four to seven round fractions from ``lowest``, a multiple of 0.1, to 1."""
+    span = round(100 * (1 - lowest))
+    step = next(step for step in (2, 5, 10, 20) if span / step <= 6)
+    return [(100 - value) / 100 for value in range(0, span + 1, step)]
 
 
 def _ticks(last: float) -> list[float]:
