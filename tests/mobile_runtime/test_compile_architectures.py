@@ -94,7 +94,7 @@ def _shape_after(layers: list[nn.Module], shape: tuple[int, ...]) -> tuple[int, 
         return tuple(nn.Sequential(*layers).eval()(torch.zeros(2, *shape)).shape[1:])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_image_models_train_like_torch(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000), label="seed"))
