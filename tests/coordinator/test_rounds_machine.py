@@ -240,3 +240,9 @@ def test_every_state_is_left_or_final_and_reached() -> None:
     reached = {State.COLLECTING, State.EVALUATING} | set(TRANSITIONS.values())
     assert reached == set(State)
     assert {state for state in State if not any(before == state for before, _ in TRANSITIONS)} == set(State) - set(LIVE)
+
+
+def test_the_documented_transitions_are_the_table() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "coordinator.md").read_text()
+    documented = text.split("<!-- transitions -->")[1].split("```")[1].split("\n")[1:-1]
+    assert documented == [f"{before} --{trigger}--> {after}" for (before, trigger), after in TRANSITIONS.items()]
