@@ -1,5 +1,4 @@
-"""Dividing data over devices: nobody shares an example, no block is on both sides of a split, seeds decide
-everything."""
+"""Dividing data: nobody shares an example, no block is on both sides of a split, seeds decide everything."""
 
 from __future__ import annotations
 
@@ -128,13 +127,12 @@ def test_a_partition_that_does_not_exist_is_refused(name: str) -> None:
 
 
 def _walkers() -> Dataset:
-    """30 people, two classes, four bouts of three windows each, two channels far from standard; every value is
-    unique."""
+    """30 people, two classes, four bouts each of three windows, two channels far from standard; values are unique."""
     people = np.repeat(np.arange(30, dtype=np.int32), 24)
     blocks = np.repeat(np.arange(240, dtype=np.int32), 3)
     random = np.random.default_rng(5)
     inputs = random.normal(size=(720, 2, 4)) * np.array([[5.0], [0.1]]) + np.array([[100.0], [-3.0]])
-    return Dataset("walkers", inputs.astype(np.float32), blocks % 2, ("still", "moving"), people, blocks)
+    return Dataset("walkers", inputs.astype(np.float32), blocks % 2, ("still", "moving"), people, blocks, HAR_NEWCOMERS)
 
 
 def _training_bytes(fleet: Fleet) -> bytes:

@@ -1,5 +1,4 @@
-"""The in-memory network: bytes arrive unchanged, losses happen on the right side of the dispatcher, luck follows the
-seed."""
+"""The in-memory network: bytes arrive unchanged, losses happen on the right side, luck follows the seed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The simulated fleet: same seed, same bits, whatever the network loses; and what it computes is federated
-averaging."""
+"""The simulated fleet: same seed, same bits, whatever the network loses; and it computes federated averaging."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Indices = npt.NDArray[np.int64]
 
 HAR_WINDOW = 128  # rows: 2.56 s at 50 Hz
 HAR_STRIDE = 64
-#: The people of the official test set of UCI HAR, counted from 0: they never take part in training.
+#: The people of the official test set of UCI HAR, counted from 0.
 HAR_NEWCOMERS = tuple(person - 1 for person in (2, 4, 9, 10, 12, 13, 18, 20, 24))
 
 
@@ -45,6 +45,8 @@ class Dataset:
     classes: tuple[str, ...]
     people: Labels | None
     blocks: Labels
+    #: People who never take part in training, as the authors of the set divided it.
+    newcomers: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,8 +60,7 @@ def load_dataset(name: str) -> Dataset:
 
 
 def _load_digits() -> Dataset:
-    """1,797 digits of 43 writers, ``[n, 1, 8, 8]``; each pixel counts the dark dots in a 4x4 block, here scaled to [0,
-    1]."""
+    """1,797 digits of 43 writers, ``[n, 1, 8, 8]``: dark dots in each block of 4x4, scaled to [0, 1]."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -70,8 +71,7 @@ def _load_digits() -> Dataset:
 
 
 def _load_fashion() -> Dataset:
-    """Fashion-MNIST, 70,000 pictures ``[n, 1, 28, 28]`` in [0, 1]: the training pictures first, then the 10,000 of the
-    test set."""
+    """Fashion-MNIST: 70,000 pictures ``[n, 1, 28, 28]`` in [0, 1], those of its test set last."""
     with np.load(_data_file("fashion/fashion.npz")) as file:
         pixels = np.concatenate([file["x_train"], file["x_test"]])
         labels = np.concatenate([file["y_train"], file["y_test"]])
@@ -106,6 +106,7 @@ def _load_har() -> Dataset:
         classes,
         bout_subject[bout].astype(np.int32),
         bout.astype(np.int32),
+        HAR_NEWCOMERS,
     )
 
 

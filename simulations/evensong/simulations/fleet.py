@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from evensong.simulations.data import HAR_NEWCOMERS, DataError, Dataset, Floats, Indices, Labels
+from evensong.simulations.data import DataError, Dataset, Floats, Indices, Labels
 from evensong.simulations.partition import Divide, label_skew
 
 
@@ -58,10 +58,10 @@ def make_fleet(
 ) -> Fleet:
     """Divides ``dataset`` the way its data suggests: by person where it knows people, else by label skew.
 
-    Human activity: each person is a device; the official test people are newcomers. ``devices`` beyond 21 is refused.
-    Others: ``global_test`` examples are set aside first, the rest goes to devices as ``divide`` says (by default label
-    skew with concentration 0.2). ``test_share`` of each device's blocks are its own test. With ``limit``, devices hold
-    at most that many examples each on average.
+    With people, each is a device, and asking for more than take part is refused. Without, ``global_test`` examples are
+    set aside first, and the rest goes to devices as ``divide`` says (by default label skew with concentration 0.2).
+    ``test_share`` of each device's blocks are its own test. With ``limit``, devices hold at most that many examples
+    each on average.
     """
     if devices < 1:
         raise DataError("a fleet needs a device", got=devices)
@@ -81,7 +81,7 @@ def make_fleet(
 def _fleet_by_person(dataset: Dataset, devices: int, test_share: float, random: np.random.Generator) -> Fleet:
     assert dataset.people is not None
     everyone = np.unique(dataset.people)
-    taking_part = [person for person in everyone if person not in HAR_NEWCOMERS]
+    taking_part = [person for person in everyone if person not in dataset.newcomers]
     if devices > len(taking_part):
         raise DataError("more devices than people", expected=f"at most {len(taking_part)}", got=devices)
     if devices < len(taking_part):
@@ -91,13 +91,12 @@ def _fleet_by_person(dataset: Dataset, devices: int, test_share: float, random: 
         owned = ((person, np.flatnonzero(dataset.people == person)) for person in people)
         return tuple(_shard(dataset, f"person {person + 1}", part, test_share, random) for person, part in owned)
 
-    fleet = Fleet(dataset.name, dataset.classes, shards(taking_part), shards(HAR_NEWCOMERS))
+    fleet = Fleet(dataset.name, dataset.classes, shards(taking_part), shards(dataset.newcomers))
     return standardise(fleet)
 
 
 def standardise(fleet: Fleet) -> Fleet:
-    """Every channel (axis 1) to zero mean and unit variance, with the statistics of the participants' training examples
-    alone.
+    """Every channel (axis 1) to zero mean and unit variance over the participants' training examples.
 
     Test examples and newcomers are scaled by the same numbers and contribute nothing to them.
     """

@@ -1,5 +1,4 @@
-"""A network inside one process: calls go straight to the coordinator's dispatcher, and may be delayed or lost on the
-way."""
+"""A network inside one process: calls go straight to the coordinator's dispatcher, delayed or lost on the way."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from evensong.wire.transport import Dispatcher, Metadata
 
 @dataclass(frozen=True)
 class Network:
-    """How bad the network is. Probabilities are per message, latencies in seconds per direction, uniform in [low,
-    high]."""
+    """How bad the network is: probabilities per message, latencies in seconds, uniform in [low, high], each way."""
 
     latency: tuple[float, float] = (0.01, 0.05)
     lost_request: float = 0.0

@@ -1,5 +1,4 @@
-"""One HTML file that shows a run: no script, no font, no picture from elsewhere; readable in light and dark, and
-without colour."""
+"""One HTML file that shows a run. Nothing in it comes from elsewhere; it reads in light, dark and without colour."""
 
 from __future__ import annotations
 

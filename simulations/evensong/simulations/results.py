@@ -1,5 +1,4 @@
-"""What a run of the demo or the simulator found out: plain figures, from which ``results.json`` and the report are
-made."""
+"""What a run found out: plain figures, from which ``results.json`` and the report are made."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from statistics import fmean
 
 @dataclass(frozen=True)
 class DeviceOutcome:
-    """Accuracies in [0, 1] on the device's own test examples, with the initial, the federated and the personalised
-    model."""
+    """Accuracies in [0, 1] on the device's own test examples, of the initial, federated and personalised model."""
 
     name: str
     train_examples: int

@@ -1,5 +1,4 @@
-"""A whole fleet in one process: the real devices and the real coordinator, under simulated time and over a simulated
-network.
+"""A whole fleet in one process: real devices, the real coordinator, simulated time and a simulated network.
 
 Every part is the one that production runs; only the clock, the network, the threads and the randomness are other
 objects. All of them follow one seed, so that the same seed gives the same bits.
@@ -11,10 +10,10 @@ import asyncio
 import hashlib
 import random
 import tempfile
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -86,111 +85,94 @@ def simulate(
         raise SimulationError(
             "the task can never reach its goal", expected=f"at most {len(clients)} reports, one a client", got=task.goal
         )
+    simulation = _Simulation(task, network, compute_seconds, progress or (lambda event: None))
     with tempfile.TemporaryDirectory(prefix="evensong-simulate-") as folder:
-        world = _World(Path(folder), np.random.SeedSequence(seed), network, compute_seconds)
-        life = world.run(task, clients, progress or (lambda event: None))
-        return virtual_time.run(_limited(life, time_limit_seconds))
+        return virtual_time.run(simulation.run(clients, Path(folder), np.random.SeedSequence(seed), time_limit_seconds))
 
 
-async def _limited(life: Coroutine[Any, Any, SimulationResult], seconds: float) -> SimulationResult:
-    try:
-        async with asyncio.timeout(seconds):
-            return await life
-    except TimeoutError:
-        raise SimulationError("the task did not end", expected=f"within {seconds:,.0f} s of simulated time") from None
+class _Simulation:
+    """One run. Everything random comes from its seed, drawn in a fixed order."""
 
-
-class _World:
-    """One simulation: everything random comes from ``seeds``, in a fixed order."""
-
-    def __init__(
-        self, folder: Path, seeds: np.random.SeedSequence, network: Network, compute_seconds: tuple[float, float]
-    ) -> None:
-        self._folder = folder
+    def __init__(self, task: Task, network: Network, compute_seconds: tuple[float, float], progress: Progress) -> None:
+        self._task = task
         self._network = network
         self._compute_seconds = compute_seconds
-        self._coordinator_seed, self._client_seeds = seeds.spawn(2)
+        self._progress = progress
 
-    async def run(self, task: Task, clients: Sequence[Shard], progress: Progress) -> SimulationResult:
-        clock = SimulatedClock()
-        core = open_coordinator(self._folder, clock, self._coordinator_seed)
-        core.start()
+    async def run(
+        self, clients: Sequence[Shard], folder: Path, seed: np.random.SeedSequence, time_limit_seconds: float
+    ) -> SimulationResult:
+        coordinator_seed, *client_seeds = seed.spawn(1 + len(clients))
+        self._clock = SimulatedClock()
+        self._core = open_coordinator(folder, self._clock, coordinator_seed)
+        self._core.start()
         try:
-            token = enrolment_token(core, task.population, len(clients))
-            history = History(core, submit(core, task), progress)
-            seeds = self._client_seeds.spawn(len(clients))
-            async with asyncio.TaskGroup() as group:
-                following = group.create_task(history.follow())
+            self._token = enrolment_token(self._core, self._task.population, len(clients))
+            self._history = History(self._core, submit(self._core, self._task), self._progress)
+            async with asyncio.timeout(time_limit_seconds), asyncio.TaskGroup() as group:
+                following = group.create_task(self._history.follow())
                 lives = [
-                    group.create_task(self._live(core, clock, shard, token, task, history, seed))
-                    for shard, seed in zip(clients, seeds, strict=True)
+                    group.create_task(self._live(shard, own_seed))
+                    for shard, own_seed in zip(clients, client_seeds, strict=True)
                 ]
-            blob = following.result()
-            return SimulationResult(
-                parameters=decode_tensors(blob, task.layout),
-                parameters_sha256=hashlib.sha256(blob).hexdigest(),
-                events=tuple(history.events),
-                clients=tuple(life.result() for life in lives),
-                simulated_seconds=(clock.unix_ms() - virtual_time.START_UNIX_MS) / 1000,
-            )
-        except ExceptionGroup as group_of_errors:
-            raise group_of_errors.exceptions[0] from None
+            return self._result(following.result(), [life.result() for life in lives])
+        except TimeoutError:
+            raise SimulationError(
+                "the task did not end", expected=f"within {time_limit_seconds:,.0f} s of simulated time"
+            ) from None
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
         finally:
-            await core.stop()
+            await self._core.stop()
 
-    async def _live(
-        self,
-        core: CoordinatorCore,
-        clock: SimulatedClock,
-        shard: Shard,
-        token: str,
-        task: Task,
-        history: History,
-        seed: np.random.SeedSequence,
-    ) -> ClientResult:
+    async def _live(self, shard: Shard, seed: np.random.SeedSequence) -> ClientResult:
         """One device from its enrolment until it serves the last version and has nothing left to do."""
-        line_seed, own_seed = seed.spawn(2)
+        line_seed, device_seed = seed.spawn(2)
         luck = np.random.default_rng(line_seed)
-        line = InMemoryTransport(core.devices, clock, self._network, luck)
+        line = InMemoryTransport(self._core.devices, self._clock, self._network, luck)
         counted = CountingTransport(line)
+        is_tested = len(shard.test) > 0
         witness = Witness(lambda: device.predict(shard.test.inputs))
 
         async def run_blocking(function: Callable[[], T]) -> T:
-            await clock.sleep(luck.uniform(*self._compute_seconds))
+            await self._clock.sleep(luck.uniform(*self._compute_seconds))
             return function()
 
         device = Device(
             None,
             coordinator="simulated",
-            token=token,
-            population=task.population,
+            token=self._token,
+            population=self._task.population,
             conditions=AlwaysReady(),
-            callbacks=[witness] if len(shard.test) else [],
+            callbacks=[witness] if is_tested else [],
             transport=counted,
-            examples=ArrayExamples(_batch(shard.train), _batch(shard.test) if len(shard.test) else None),
-            clock=clock,
-            seed=int.from_bytes(np.random.default_rng(own_seed).bytes(8), "little"),
+            examples=ArrayExamples(_batch(shard.train), _batch(shard.test) if is_tested else None),
+            clock=self._clock,
+            seed=int(device_seed.generate_state(1, np.uint64)[0]),
             run_blocking=run_blocking,
         )
+
+        def finished(outcome: Outcome) -> bool:
+            has_last = self._task.rounds in witness.answers or not is_tested
+            return self._history.ended and isinstance(outcome, Idle) and has_last
+
         try:
-
-            def finished(outcome: Outcome) -> bool:
-                is_served = task.rounds in witness.answers or not len(shard.test)
-                return history.ended and isinstance(outcome, Idle) and is_served
-
             await device.run_async(finished)
+            federated, personalised = (witness.answers[self._task.rounds], witness.ask()) if is_tested else ([], [])
             return ClientResult(
-                shard,
-                Account(
-                    federated=witness.answers.get(task.rounds, []),
-                    personalised=witness.ask() if len(shard.test) else [],
-                    bytes_up=counted.bytes_up,
-                    bytes_down=counted.bytes_down,
-                ),
-                line.lost,
+                shard, Account(federated, personalised, counted.bytes_up, counted.bytes_down), line.lost
             )
         finally:
             await device.close_async()
+
+    def _result(self, blob: bytes, clients: list[ClientResult]) -> SimulationResult:
+        return SimulationResult(
+            parameters=decode_tensors(blob, self._task.layout),
+            parameters_sha256=hashlib.sha256(blob).hexdigest(),
+            events=tuple(self._history.events),
+            clients=tuple(clients),
+            simulated_seconds=(self._clock.unix_ms() - virtual_time.START_UNIX_MS) / 1000,
+        )
 
 
 class History:

@@ -104,8 +104,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, str, str]]) -> str:
 
 
 def heat_map(title: str, names: Sequence[str], classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
-    """How many examples of each class (columns) each device (rows) holds; darker is more, and the number stands in the
-    cell."""
+    """How many examples of each class (columns) each device (rows) holds: as a number, and the darker the more."""
     row_height, top = 24, 40
     height = top + row_height * len(names) + 4
     column = (WIDTH - _LEFT - _RIGHT) / max(len(classes), 1)
@@ -145,8 +144,7 @@ def gray_picture(title: str, pixels: Sequence[Sequence[float]], size: int = 64) 
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# marks
+# -------------------------------------------------------------------------------------------------------------- marks
 
 
 def _picture(title: str, height: float, parts: Sequence[str]) -> str:

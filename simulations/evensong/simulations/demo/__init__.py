@@ -1,2 +1,1 @@
-"""``evensong demo``: a real coordinator and real devices, each a process of its own, learn from real data on this
-machine."""
+"""``evensong demo``: a real coordinator and real devices, each a process of its own, learn from real data."""

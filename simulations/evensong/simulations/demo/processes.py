@@ -1,5 +1,4 @@
-"""Child processes that cannot be forgotten: watched while they run, stopped whatever happens, and quoted when they
-fail."""
+"""Child processes that are never forgotten: watched while they run, always stopped, and quoted when they fail."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ class ChildError(EvensongError):
 
 
 class Children:
-    """A group of processes, each with a log file in ``folder``. Leaving the ``with`` block ends those that still
-    run."""
+    """Processes, each with a log file in ``folder``. Leaving the ``with`` block ends those that still run."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

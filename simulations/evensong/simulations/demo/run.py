@@ -1,5 +1,4 @@
-"""The demo from beginning to end: one real coordinator, many real devices, all on this machine and each a process of
-its own."""
+"""The demo from beginning to end: a real coordinator and real devices, each a process on this machine."""
 
 from __future__ import annotations
 
@@ -171,8 +170,7 @@ def _task(plan: Plan, artifact: bytes) -> Task:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
-# processes
+# ---------------------------------------------------------------------------------------------------------- processes
 
 
 def _start_coordinator(children: Children, folder: Path) -> str:

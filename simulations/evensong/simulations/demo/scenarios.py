@@ -1,5 +1,4 @@
-"""What the demo runs on each data set: model, plan and prebuilt artifact. Kept free of heavy imports: devices read it
-too."""
+"""What the demo and the simulator run on each data set: model, plan and prebuilt artifact."""
 
 from __future__ import annotations
 
