@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from evensong.mobile_runtime.compiler.builder import NHWC, Builder, Sizes, as_image, pair, require, single
 from evensong.mobile_runtime.compiler.ir import Value
@@ -95,10 +95,10 @@ def adaptive_max_pool1d(b: Builder, x: View, size: Sequence[int]) -> list[View |
 
 def amax(b: Builder, x: View, dim: Sequence[int] | int = (), keepdim: bool = False) -> View:
     """Maximum over axes that lie side by side, as one max pooling. Ties: the first maximum takes the whole gradient."""
-    operand, kept, order, (outer, size, inner) = reduction(b, x, dim, keepdim)
-    image = operand.reshaped((outer, size, 1, inner))
-    result = b.emit("MAX_POOL2D", [image], (outer, 1, 1, inner), **_window((size, 1), (size, 1), (0, 0)))
-    return View(result.reshaped(kept), b.shape, order)
+    r = _reduction(b, x, dim, keepdim)
+    image = r.operand.reshaped((r.outer, r.size, 1, r.inner))
+    result = b.emit("MAX_POOL2D", [image], (r.outer, 1, 1, r.inner), **_window((r.size, 1), (r.size, 1), (0, 0)))
+    return View(result.reshaped(r.dims), b.shape, r.order)
 
 
 def max_dim(b: Builder, x: View, dim: int, keepdim: bool = False) -> list[View | None]:
@@ -112,9 +112,9 @@ def max_dim(b: Builder, x: View, dim: int, keepdim: bool = False) -> list[View |
 def mean(b: Builder, x: View, dim: Sequence[int] | int | None = None, keepdim: bool = False, dtype: Any = None) -> View:
     """Mean over axes that lie side by side."""
     require(dim is not None, "a mean over everything", fix="Name the axes: x.mean(dim=(1, 2)).")
-    operand, kept, order, (_, size, inner) = reduction(b, x, dim if dim is not None else (), keepdim)
-    result = b.emit("REDUCE_MEAN", [operand], kept, axis_size=size, inner_size=inner)
-    return View(result, b.shape, order)
+    r = _reduction(b, x, dim if dim is not None else (), keepdim)
+    result = b.emit("REDUCE_MEAN", [r.operand], r.dims, axis_size=r.size, inner_size=r.inner)
+    return View(result, b.shape, r.order)
 
 
 def sum_dim(
@@ -129,10 +129,20 @@ def sum_dim(
     )
 
 
-def reduction(
-    b: Builder, x: View, dim: Sequence[int] | int, keepdim: bool
-) -> tuple[Value, tuple[int, ...], tuple[int, ...], tuple[int, int, int]]:
-    """Prepares a reduction: operand, dimensions and order of the result, and the sizes (outer, reduced, inner)."""
+@dataclass(frozen=True)
+class _Reduction:
+    """A reduction of ``operand``, seen as ``[outer, size, inner]``, over ``size``."""
+
+    operand: Value
+    dims: tuple[int, ...]  #: of the result
+    order: tuple[int, ...]  #: of the result
+    outer: int
+    size: int
+    inner: int
+
+
+def _reduction(b: Builder, x: View, dim: Sequence[int] | int, keepdim: bool) -> _Reduction:
+    """Brings the axes to reduce side by side; they stay where they are if they already do."""
     axes = [dim] if isinstance(dim, int) else list(dim)
     axes = [b.example_axis(x, axis, "a reduction") for axis in axes or range(1, len(x.shape))]
     order = [a for a in x.order if a not in axes or x.shape[a] == 1]
@@ -141,17 +151,14 @@ def reduction(
     before = [a for a in x.order[:at] if a in order]
     after = [a for a in order if a not in before]
     operand = b.arrange(x, [*before, *reduced, *after])
-    sizes = x.dims([*before, *reduced, *after])
-    outer = int(np.prod(sizes[: len(before)]))
-    size = int(np.prod(sizes[len(before) : len(before) + len(reduced)]))
-    inner = int(np.prod(sizes[len(before) + len(reduced) :]))
+    sizes, first, last = operand.dims, len(before), len(before) + len(reduced)
+    outer, size, inner = math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:])
     if keepdim:
         kept = (*before, *reduced, *after)
     else:
         survivors = [a for a in range(len(x.shape)) if a not in axes]
         kept = tuple(survivors.index(a) for a in (*before, *after) if a not in axes)
-    dims = View(x.value, b.shape, kept).dims(kept)
-    return operand, dims, kept, (outer, size, inner)
+    return _Reduction(operand, View(x.value, b.shape, kept).dims(kept), kept, outer, size, inner)
 
 
 def _pool(
