@@ -258,7 +258,7 @@ _PAGE = """<!doctype html>
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
 <body><main><h1>{title}</h1>
-<p>Devices learn where the data lives; the coordinator only ever learns a sum.</p>
+<p>Devices learn where the data lives: no example left its device.</p>
 {body}
 </main></body></html>
 """
