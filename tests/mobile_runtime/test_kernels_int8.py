@@ -117,6 +117,14 @@ def convolutions(draw: st.DrawFn) -> Convolution:
 @pytest.mark.torch
 @settings(max_examples=120, deadline=None)
 @given(c=convolutions(), zero_point_x=zero_points, zero_point_y=zero_points, extreme=st.booleans(), seed=seeds)
+@example(
+    # One place, few pixels, but padding on the right: not a matrix product over x as it lies.
+    c=Convolution(1, (1, 1), (1, 1), (1, 1), (0, 0), (0, 1), (1, 1), 1, 64, 3),
+    zero_point_x=-3,
+    zero_point_y=0,
+    extreme=False,
+    seed=0,
+)
 def test_convolution(c: Convolution, zero_point_x: int, zero_point_y: int, extreme: bool, seed: int) -> None:
     torch = pytest.importorskip("torch")
     outputs = c.groups * c.group_outputs

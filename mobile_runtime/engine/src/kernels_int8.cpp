@@ -46,9 +46,11 @@ struct Convolution {
     int32_t top_of(uint32_t row) const { return int32_t(row) * stride_h - pad_top; }
     int32_t left_of(uint32_t column) const { return int32_t(column) * stride_w - pad_left; }
 
-    // Whether every patch is a run of x, and one follows the other: a matrix product over x as it lies.
-    bool is_product() const {
-        return kernel_h == 1 && kernel_w == 1 && stride_h == 1 && stride_w == 1 && !pad_top && !pad_left && groups == 1;
+    // Whether output pixel i is the product of the weights and pixel i of x; there may be padding on any side.
+    bool is_product(const Operand& y) const {
+        const bool same_size = int32_t(y.dims[1]) == height && int32_t(y.dims[2]) == width;
+        const bool same_place = stride_h == 1 && stride_w == 1 && pad_top == 0 && pad_left == 0;
+        return kernel_h == 1 && kernel_w == 1 && groups == 1 && same_size && same_place;
     }
 };
 
@@ -187,7 +189,7 @@ Fault convolve(const Call& call, const Convolution& c, Int8Layer layer) {
     }
     const size_t pixels = call.out[0].elements / layer.stride;
     int8_t* y = call.out[0].i8_mut();
-    if (pixels <= kFewRows && layer.depth >= kDotStep && c.is_product()) {
+    if (pixels <= kFewRows && layer.depth >= kDotStep && c.is_product(call.out[0])) {
         for (size_t p = 0; p < pixels; ++p) multiply_row(layer, c.x + p * layer.depth, y + p * layer.stride);
         return Fault::kNone;
     }
