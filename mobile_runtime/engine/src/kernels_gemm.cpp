@@ -27,8 +27,9 @@ void multiply_tile(Left left, const float* right, size_t right_stride, size_t de
     }
     EVENSONG_UNROLL
     for (size_t i = 0; i < kRows; ++i) {
+        float* row = out[i] + column;
         EVENSONG_UNROLL
-        for (size_t v = 0; v < kVectors; ++v) store(out[i] + column + v * kLanes, sums[i][v]);
+        for (size_t v = 0; v < kVectors; ++v) store(row + v * kLanes, sums[i][v]);
     }
 }
 
@@ -134,27 +135,17 @@ __attribute__((noinline)) void dot_tile(const float* x, size_t depth, const floa
     }
 }
 
-// Adds up the lanes of each sum and writes the first `columns` of every row.
-__attribute__((noinline)) void finish_dots(const float* tile, size_t rows, size_t tile_columns, float* out,
-                                           size_t out_stride, size_t columns, const float* bias, int32_t kind) {
-    for (size_t i = 0; i < rows; ++i) {
-#pragma GCC unroll 1
-        for (size_t j = 0; j < tile_columns && j < columns; ++j) {
-            float sum = sum_lanes(load(tile + (i * tile_columns + j) * kLanes)) + (bias ? bias[j] : 0.0f);
-            if (kind != activation::NONE) sum = sum < 0.0f ? 0.0f : sum;
-            if (kind == activation::RELU6) sum = sum > 6.0f ? 6.0f : sum;
-            out[i * out_stride + j] = sum;
-        }
-    }
-}
-
 template <size_t kRows, size_t kColumns>
-EVENSONG_INLINE void dot_rows(const float* x, size_t depth, const float* const* w, float* out, size_t out_stride,
-                              size_t& row, size_t rows, size_t columns, const float* bias, int32_t kind) {
+void dot_rows(const float* x, size_t depth, const float* const* w, float* out, size_t out_stride, size_t& row,
+              size_t rows, size_t columns) {
     for (; row + kRows <= rows; row += kRows) {
         alignas(64) float tile[kRows * kColumns * kLanes];
         dot_tile<kRows, kColumns>(x + row * depth, depth, w, tile);
-        finish_dots(tile, kRows, kColumns, out + row * out_stride, out_stride, columns, bias, kind);
+        for (size_t i = 0; i < kRows; ++i) {
+            float* sums = out + (row + i) * out_stride;
+            for (size_t j = 0; j < kColumns && j < columns; ++j)
+                sums[j] = sum_lanes(load(tile + (i * kColumns + j) * kLanes));
+        }
     }
 }
 
@@ -212,12 +203,21 @@ void multiply_by_dots(const float* x, const float* w, size_t rows, size_t column
     for (size_t j = 0; j < columns; j += step) {
         const float* w_rows[8];
         for (size_t c = 0; c < step; ++c) w_rows[c] = w + (j + c < columns ? j + c : columns - 1) * depth;
-        const size_t live = columns - j;
-        const float* b = bias ? bias + j : nullptr;
         size_t row = 0;
-        if (step == kColumns) dot_rows<4, kColumns>(x, depth, w_rows, out + j, columns, row, rows, live, b, kind);
-        if (step == kColumns) dot_rows<1, kColumns>(x, depth, w_rows, out + j, columns, row, rows, live, b, kind);
-        dot_rows<1, 8>(x, depth, w_rows, out + j, columns, row, rows, live, b, kind);
+        if (step == kColumns) {
+            dot_rows<4, kColumns>(x, depth, w_rows, out + j, columns, row, rows, columns - j);
+            dot_rows<1, kColumns>(x, depth, w_rows, out + j, columns, row, rows, columns - j);
+        } else {
+            dot_rows<1, 8>(x, depth, w_rows, out + j, columns, row, rows, columns - j);
+        }
+    }
+    if (!bias && kind == activation::NONE) return;
+    for (size_t i = 0; i < rows; ++i, out += columns) {
+        for (size_t j = 0; j < columns; j += kLanes) {
+            const size_t live = columns - j;
+            const Floats sum = load_upto(out + j, live) + (bias ? load_upto(bias + j, live) : Floats{});
+            store_upto(out + j, activate(sum, kind), live);
+        }
     }
 }
 
