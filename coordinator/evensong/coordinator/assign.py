@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Row, and_, func, insert, or_, select, update
+from sqlalchemy import Row, and_, bindparam, func, insert, or_, select, update
 
 from evensong.coordinator import requests, tables
 from evensong.coordinator.admit import Call, Pacing, unfit
@@ -64,16 +64,12 @@ def _choose(
     device_id, now = call.device.device_id, context.now()
     # Training first, then the evaluation that has waited longest.
     candidates = tx.execute(
-        select(tables.rounds, tables.bundles.c.payload.label("bundle"))
-        .join(tables.tasks, tables.tasks.c.task_id == tables.rounds.c.task_id)
-        .join(tables.bundles, tables.bundles.c.sha256 == tables.tasks.c.bundle_sha256)
-        .where(
+        _ROUNDS_WITH_BUNDLES.where(
             tables.tasks.c.population == call.device.population,
             tables.tasks.c.state == operator_pb2.TASK_STATE_RUNNING,
             tables.rounds.c.state.in_(OPEN),
             or_(tables.rounds.c.deadline_ms.is_(None), tables.rounds.c.deadline_ms > now),
-        )
-        .order_by(tables.rounds.c.work, tables.rounds.c.round_id)
+        ).order_by(tables.rounds.c.work, tables.rounds.c.round_id)
     ).all()
     own = tx.execute(
         select(tables.leases.c.round_id, tables.leases.c.state)
@@ -198,6 +194,17 @@ def serving(context: Context, population: str) -> list[device_pb2.Serving]:
 # ------------------------------------------------------------------------------------------------------ holding a lease
 
 
+_ROUNDS_WITH_BUNDLES = (
+    select(tables.rounds, tables.bundles.c.payload.label("bundle"))
+    .join(tables.tasks, tables.tasks.c.task_id == tables.rounds.c.task_id)
+    .join(tables.bundles, tables.bundles.c.sha256 == tables.tasks.c.bundle_sha256)
+)
+_FIND_ROUND = _ROUNDS_WITH_BUNDLES.where(tables.rounds.c.round_id == bindparam("round"))
+_FIND_LEASE = select(tables.leases).where(
+    tables.leases.c.lease_id == bindparam("lease"), tables.leases.c.device_id == bindparam("device")
+)
+
+
 @dataclass(frozen=True)
 class Holder:
     """A lease that holds, and the round that it is a place in: rows of this transaction."""
@@ -214,11 +221,7 @@ def check_lease(
 
     What ended the round comes before what ended the lease: it is what the device can learn something from.
     """
-    lease = tx.execute(
-        select(tables.leases).where(
-            tables.leases.c.lease_id == claimed.lease_id, tables.leases.c.device_id == device_id
-        )
-    ).one_or_none()
+    lease = tx.execute(_FIND_LEASE, {"lease": claimed.lease_id, "device": device_id}).one_or_none()
     if lease is None or lease.fencing_token != claimed.fencing_token:
         raise RefusalError(
             common_pb2.REFUSAL_REASON_LEASE_EXPIRED,
@@ -227,12 +230,7 @@ def check_lease(
             got=claimed.lease_id[:40] if lease is None else claimed.fencing_token,
             fix="Check in for new work.",
         )
-    round = tx.execute(
-        select(tables.rounds, tables.bundles.c.payload.label("bundle"))
-        .join(tables.tasks, tables.tasks.c.task_id == tables.rounds.c.task_id)
-        .join(tables.bundles, tables.bundles.c.sha256 == tables.tasks.c.bundle_sha256)
-        .where(tables.rounds.c.round_id == lease.round_id)
-    ).one()
+    round = tx.execute(_FIND_ROUND, {"round": lease.round_id}).one()
     if work is not None and round.work != work:
         raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "the lease is for other work")
     _refuse_ended(context, lease, round)

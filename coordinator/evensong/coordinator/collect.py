@@ -6,7 +6,7 @@ import hmac
 import math
 from dataclasses import dataclass
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, bindparam, delete, insert, select, update
 
 from evensong.coordinator import events, requests, rounds, tables
 from evensong.coordinator.admit import Call, Pacing
@@ -329,6 +329,23 @@ def abort(context: Context, pacing: Pacing, call: Call, request: device_pb2.Abor
 _ABORT_REASONS = frozenset(device_pb2.AbortReason.values())
 
 
+_JOURNAL = insert(tables.journal).returning(tables.journal.c.entry)
+_LEASE_REPORTED = (
+    update(tables.leases).where(tables.leases.c.lease_id == bindparam("lease")).values(state=LeaseState.REPORTED)
+)
+_COUNT_REPORT = (
+    update(tables.rounds)
+    .where(tables.rounds.c.round_id == bindparam("round"))
+    .values(reports=tables.rounds.c.reports + 1, bytes_up=tables.rounds.c.bytes_up + bindparam("size"))
+    .returning(tables.rounds.c.reports)
+)
+_COUNT_FOR_DEVICE = (
+    update(tables.devices)
+    .where(tables.devices.c.device_id == bindparam("device"))
+    .values(accepted_reports=tables.devices.c.accepted_reports + 1, last_seen_ms=bindparam("now"))
+)
+
+
 @dataclass(frozen=True)
 class Accepted:
     """The update of a report."""
@@ -352,35 +369,21 @@ def _accept(
     """
     round, device_id, now = holder.round, holder.lease.device_id, context.now()
     sent = upload or Accepted("", "", 0, 0.0)
-    entry: int = tx.execute(
-        insert(tables.journal)
-        .values(
-            round_id=round.round_id,
-            device_id=device_id,
-            upload_id=sent.upload_id or None,
-            update_sha256=sent.sha256,
-            weight=sent.weight,
-            examples=metrics.examples,
-            loss_sum=metrics.loss_sum,
-            correct=metrics.correct,
-            accepted_ms=now,
-        )
-        .returning(tables.journal.c.entry)
-    ).scalar_one()
-    tx.execute(
-        update(tables.leases).where(tables.leases.c.lease_id == holder.lease.lease_id).values(state=LeaseState.REPORTED)
-    )
-    reports = tx.execute(
-        update(tables.rounds)
-        .where(tables.rounds.c.round_id == round.round_id)
-        .values(reports=tables.rounds.c.reports + 1, bytes_up=tables.rounds.c.bytes_up + sent.size_bytes)
-        .returning(tables.rounds.c.reports)
-    ).scalar_one()
-    tx.execute(
-        update(tables.devices)
-        .where(tables.devices.c.device_id == device_id)
-        .values(accepted_reports=tables.devices.c.accepted_reports + 1, last_seen_ms=now)
-    )
+    row = {
+        "round_id": round.round_id,
+        "device_id": device_id,
+        "upload_id": sent.upload_id or None,
+        "update_sha256": sent.sha256,
+        "weight": sent.weight,
+        "examples": metrics.examples,
+        "loss_sum": metrics.loss_sum,
+        "correct": metrics.correct,
+        "accepted_ms": now,
+    }
+    entry: int = tx.execute(_JOURNAL, row).scalar_one()
+    tx.execute(_LEASE_REPORTED, {"lease": holder.lease.lease_id})
+    reports = tx.execute(_COUNT_REPORT, {"round": round.round_id, "size": sent.size_bytes}).scalar_one()
+    tx.execute(_COUNT_FOR_DEVICE, {"device": device_id, "now": now})
     if upload is not None:
         events.append(
             context,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ class Transaction:
         self.connection = connection
         self._after: list[Callable[[], None]] = []
 
-    def execute(self, statement: Executable) -> CursorResult[Any]:
-        return self.connection.execute(statement)
+    def execute(self, statement: Executable, values: Mapping[str, object] | None = None) -> CursorResult[Any]:
+        """Runs ``statement``; ``values`` are for its bound parameters, so that a hot statement is built only once."""
+        return self.connection.execute(statement, values)
 
     def after_commit(self, action: Callable[[], None]) -> None:
         if action not in self._after:

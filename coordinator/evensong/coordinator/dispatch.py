@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -50,6 +50,7 @@ class Waiting:
     request: device_pb2.CheckInRequest
     hold_ms: int
     found: NoWork
+    was_held: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,22 +188,27 @@ class DeviceDispatcher:
             self._guarded, CHECK_IN, lambda: self._look(*self._admit(CHECK_IN, body, metadata))
         )
         if isinstance(answer, Waiting) and answer.hold_ms and self._held < context.settings.held_check_ins:
-            waiting = answer
-            patience = asyncio.ensure_future(context.clock.sleep(waiting.hold_ms / 1000))
-            self._held += 1
-            context.telemetry.held.set(self._held)
-            try:
-                while isinstance(answer, Waiting) and not patience.done() and not context.draining:
-                    await asyncio.wait([changed, patience], return_when=asyncio.FIRST_COMPLETED)
-                    changed = context.work.next()
-                    answer = await context.run_blocking(
-                        self._guarded, CHECK_IN, lambda: self._look(waiting.call, waiting.request)
-                    )
-            finally:
-                patience.cancel()
-                self._held -= 1
-                context.telemetry.held.set(self._held)
+            answer = await self._hold(answer, changed)
         return await context.run_blocking(self._finish_check_in, answer)
+
+    async def _hold(self, waiting: Waiting, changed: asyncio.Future[None]) -> Message | Waiting:
+        """What the check-in comes to after it was held; it may be nothing."""
+        context = self._context
+        answer: Message | Waiting = waiting
+        patience = asyncio.ensure_future(context.clock.sleep(waiting.hold_ms / 1000))
+        self._held += 1
+        context.telemetry.held.set(self._held)
+        try:
+            while isinstance(answer, Waiting) and not patience.done() and not context.draining:
+                await asyncio.wait([changed, patience], return_when=asyncio.FIRST_COMPLETED)
+                changed = context.work.next()  # before the look, so that no news is lost after it
+                look = partial(self._look, waiting.call, waiting.request)
+                answer = await context.run_blocking(self._guarded, CHECK_IN, look)
+        finally:
+            patience.cancel()
+            self._held -= 1
+            context.telemetry.held.set(self._held)
+        return replace(answer, was_held=True) if isinstance(answer, Waiting) else answer
 
     def _look(self, call: Call, request: device_pb2.CheckInRequest) -> device_pb2.CheckInResponse | Waiting:
         """An assignment, or why there is none."""
@@ -247,7 +253,7 @@ class DeviceDispatcher:
             response.retry.CopyFrom(self._pacing.after(refused))
         else:
             # Who was held comes back at once to be held again.
-            response.retry.CopyFrom(self._pacing.soon() if waited.hold_ms else self._pacing.idle())
+            response.retry.CopyFrom(self._pacing.soon() if waited.was_held else self._pacing.idle())
         return response
 
     # ------------------------------------------------------------------------------------------------------- download

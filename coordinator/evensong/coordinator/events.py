@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 
 from evensong.coordinator import tables
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
 from evensong.v1 import common_pb2, operator_pb2
+
+_NEXT_SEQUENCE = (
+    update(tables.tasks)
+    .where(tables.tasks.c.task_id == bindparam("task"))
+    .values(last_sequence=tables.tasks.c.last_sequence + 1)
+    .returning(tables.tasks.c.last_sequence)
+)
+_APPEND = insert(tables.events)
 
 
 def append(
@@ -25,12 +33,7 @@ def append(
     message: str = "",
 ) -> None:
     """Adds one event to the task's history; watchers hear of it after the commit."""
-    sequence = tx.execute(
-        update(tables.tasks)
-        .where(tables.tasks.c.task_id == task_id)
-        .values(last_sequence=tables.tasks.c.last_sequence + 1)
-        .returning(tables.tasks.c.last_sequence)
-    ).scalar_one()
+    sequence = tx.execute(_NEXT_SEQUENCE, {"task": task_id}).scalar_one()
     event = operator_pb2.TaskEvent(
         sequence=sequence,
         time_unix_ms=context.now(),
@@ -43,7 +46,7 @@ def append(
         bytes_down=bytes_down,
         message=message,
     )
-    tx.execute(insert(tables.events).values(task_id=task_id, sequence=sequence, payload=event.SerializeToString()))
+    tx.execute(_APPEND, {"task_id": task_id, "sequence": sequence, "payload": event.SerializeToString()})
     tx.after_commit(context.news.beat)
 
 

@@ -21,6 +21,9 @@ from evensong.v1 import common_pb2, operator_pb2, operator_pb2_grpc
 from evensong.wire.chunks import ALREADY_THERE, check_chunk, crc32c
 from evensong.wire.errors import EvensongError
 
+#: The largest that a database holds.
+MAX_SEQUENCE = 2**63 - 1
+
 Response = TypeVar("Response")
 ServicerContext = grpc.aio.ServicerContext[Any, Any]
 
@@ -108,7 +111,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self, request: operator_pb2.WatchTaskRequest, call: ServicerContext
     ) -> AsyncIterator[operator_pb2.WatchTaskResponse]:
         """Past events, then live ones, until the task ends or the daemon drains."""
-        context, sequence = self._context, request.after_sequence
+        context, sequence = self._context, min(request.after_sequence, MAX_SEQUENCE)
         async with self._statuses(call):
             while True:
                 changed = context.news.next()

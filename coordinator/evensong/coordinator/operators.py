@@ -203,12 +203,7 @@ class Operators:
         self, tx: Transaction, request: operator_pb2.PromoteVersionRequest
     ) -> operator_pb2.PromoteVersionResponse:
         context, task = self._context, _find_task(tx, request.task_id)
-        version = tx.execute(
-            select(tables.versions).where(
-                tables.versions.c.task_id == task.task_id, tables.versions.c.number == request.version
-            )
-        ).one_or_none()
-        if version is None:
+        if request.version > task.latest_version:
             raise OperatorError("NOT_FOUND", f"task {task.task_id} has no version {request.version}")
         if request.version == task.serving_version:
             return operator_pb2.PromoteVersionResponse()

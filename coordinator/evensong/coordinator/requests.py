@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
-from sqlalchemy import delete, insert, select
+from sqlalchemy import bindparam, delete, insert, select
 
 from evensong.coordinator import tables
 from evensong.coordinator.database import Transaction
@@ -18,6 +18,11 @@ from evensong.v1 import common_pb2
 
 REQUEST_ID_BYTES = 16
 OPERATOR = "operator"
+
+_RECALL = select(tables.requests).where(
+    tables.requests.c.caller == bindparam("caller"), tables.requests.c.request_id == bindparam("id")
+)
+_REMEMBER = insert(tables.requests)
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,7 @@ class RequestKey:
 
 def recall(tx: Transaction, key: RequestKey) -> bytes | None:
     """The stored answer to this very call, None for a new one; refuses another call under a used id."""
-    row = tx.execute(
-        select(tables.requests).where(
-            tables.requests.c.caller == key.caller, tables.requests.c.request_id == key.request_id
-        )
-    ).one_or_none()
+    row = tx.execute(_RECALL, {"caller": key.caller, "id": key.request_id}).one_or_none()
     if row is None:
         return None
     if (row.method, row.body_sha256) != (key.method, key.body_sha256):
@@ -62,16 +63,15 @@ def recall(tx: Transaction, key: RequestKey) -> bytes | None:
 
 def remember(tx: Transaction, key: RequestKey, response: Message, now: int) -> None:
     """Stores the answer along with what it answers."""
-    tx.execute(
-        insert(tables.requests).values(
-            caller=key.caller,
-            request_id=key.request_id,
-            method=key.method,
-            body_sha256=key.body_sha256,
-            response=response.SerializeToString(),
-            created_ms=now,
-        )
-    )
+    values = {
+        "caller": key.caller,
+        "request_id": key.request_id,
+        "method": key.method,
+        "body_sha256": key.body_sha256,
+        "response": response.SerializeToString(),
+        "created_ms": now,
+    }
+    tx.execute(_REMEMBER, values)
 
 
 def forget_before(tx: Transaction, unix_ms: int) -> None:

@@ -137,28 +137,25 @@ class CoordinatorServer:
         self.metrics_address = ""
 
     async def start(self) -> None:
-        """Opens the data directory and the socket. Raises StorageError or ConfigurationError, and leaves nothing
-        open."""
+        """Opens the data directory and the socket. Raises StorageError or ConfigurationError and leaves no lock."""
         settings = self.settings
-        self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="evensong")
         self._lock = _lock_data_dir(settings.data_dir)
-        self.operator_token = load_operator_token(settings.operator_token_file)
-        self.core = CoordinatorCore(
-            settings,
-            clock=self._clock,
-            run_blocking=self._run_blocking,
-            optimizers=self._optimizers,
-            fault=self._fault,
-        )
-        self._server = self._build_server()
         try:
-            port = self._bind()
-        except RuntimeError as error:
-            self.core.context.database.close()
+            self.operator_token = load_operator_token(settings.operator_token_file)
+            self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="evensong")
+            self.core = CoordinatorCore(
+                settings,
+                clock=self._clock,
+                run_blocking=self._run_blocking,
+                optimizers=self._optimizers,
+                fault=self._fault,
+            )
+            self._server = self._build_server()
+            self.address = f"{settings.listen.rpartition(':')[0]}:{self._bind()}"
+            self._metrics = self._serve_metrics()
+        except BaseException:
             self._lock.close()
-            raise ConfigurationError("the socket cannot be opened", got=f"{settings.listen}: {error}") from None
-        self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
-        self._metrics = self._serve_metrics()
+            raise
         self.core.start()
         await self._server.start()
         for service in ("", DEVICE_SERVICE_NAME, OPERATOR_SERVICE_NAME):
@@ -204,24 +201,26 @@ class CoordinatorServer:
 
     def _bind(self) -> int:
         settings = self.settings
-        if settings.tls_certificate is None or settings.tls_key is None:
-            return self._server.add_insecure_port(settings.listen)
         try:
+            if settings.tls_certificate is None or settings.tls_key is None:
+                return self._server.add_insecure_port(settings.listen)
             certificate, key = settings.tls_certificate.read_bytes(), settings.tls_key.read_bytes()
             client_ca = settings.tls_client_ca.read_bytes() if settings.tls_client_ca is not None else None
-        except OSError as error:
-            raise RuntimeError(f"a TLS file cannot be read: {error}") from None
-        credentials = grpc.ssl_server_credentials(
-            [(key, certificate)], root_certificates=client_ca, require_client_auth=client_ca is not None
-        )
-        return self._server.add_secure_port(settings.listen, credentials)
+            credentials = grpc.ssl_server_credentials(
+                [(key, certificate)], root_certificates=client_ca, require_client_auth=client_ca is not None
+            )
+            return self._server.add_secure_port(settings.listen, credentials)
+        except (OSError, RuntimeError) as error:
+            raise ConfigurationError("the socket cannot be opened", got=f"{settings.listen}: {error}") from None
 
     def _serve_metrics(self) -> WSGIServer | None:
         if self.settings.metrics_port is None:
             return None
-        server, _ = start_http_server(
-            self.settings.metrics_port, addr="127.0.0.1", registry=self.core.context.telemetry.registry
-        )
+        registry = self.core.context.telemetry.registry
+        try:
+            server, _ = start_http_server(self.settings.metrics_port, addr="127.0.0.1", registry=registry)
+        except OSError as error:
+            raise ConfigurationError("the metrics port cannot be opened", got=error) from None
         self.metrics_address = f"127.0.0.1:{server.server_port}"
         return server
 
