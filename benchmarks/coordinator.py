@@ -1,8 +1,9 @@
 """How fast updates come in, against a server that throws them away, and what memory a thousand of them take.
 
-``ingest/bare_grpc_sink``: the real daemon (signatures, checksums, fsync, journal, sum) and a bare grpc.aio server get the very
-same signed chunks from eight connections at once, in turns. ``ingest_rss_mb``: the daemon's peak resident memory after 1,000
-reports of a million parameters in one round. Daemon and sink are processes of their own; the load is this process.
+``ingest/bare_grpc_sink``: the real daemon (signatures, checksums, fsync, journal, sum) and a bare grpc.aio server get
+the very same signed chunks from eight connections at once, in turns. ``ingest_rss_mb``: the daemon's peak resident
+memory after 1,000 reports of a million parameters in one round. Daemon and sink are processes of their own; the load is
+this process.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ PARAMETERS = (1000, 1000)
 REPORTS_A_BLOCK, BLOCKS = 32, 5
 REPORTS_FOR_MEMORY = 1_000
 POPULATION = "benchmark"
+Channel = Any  # grpc.aio.Channel; its stubs want arguments that have defaults
 OPTIONS = (("grpc.max_receive_message_length", 8 << 20), ("grpc.use_local_subchannel_pool", 1))
 
 
@@ -52,7 +54,7 @@ def run(only: str) -> Iterator[Row]:
         yield Row("ingest_rss_mb", asyncio.run(_measure_memory()), None, "MB", "lower")
 
 
-# ------------------------------------------------------------------------------------------------------------------ speed
+# -------------------------------------------------------------------------------------------------------------- speed
 
 
 async def _measure_speed() -> tuple[float, float]:
@@ -76,10 +78,10 @@ async def _measure_speed() -> tuple[float, float]:
         return megabytes / statistics.median(seconds["ours"]), megabytes / statistics.median(seconds["sink"])
 
 
-async def _send(channels: Sequence[grpc.aio.Channel], uploads: Sequence[Upload], *, check: bool) -> float:
+async def _send(channels: Sequence[Channel], uploads: Sequence[Upload], *, check: bool) -> float:
     """Seconds until all uploads are answered, each connection sending one after the other."""
 
-    async def work(channel: grpc.aio.Channel, mine: Sequence[Upload]) -> None:
+    async def work(channel: Channel, mine: Sequence[Upload]) -> None:
         for upload in mine:
             for call in upload.calls:
                 answer = await channel.unary_unary(call.method)(call.body, metadata=call.metadata)
@@ -91,7 +93,7 @@ async def _send(channels: Sequence[grpc.aio.Channel], uploads: Sequence[Upload],
     return time.perf_counter() - start
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------------------------- memory
 
 
 async def _measure_memory() -> float:
@@ -100,7 +102,7 @@ async def _measure_memory() -> float:
             await fleet.submit(goal=REPORTS_FOR_MEMORY, rounds=1)
             devices = await fleet.enrol(REPORTS_FOR_MEMORY)
 
-            async def work(channel: grpc.aio.Channel, mine: Sequence[LoadDevice]) -> None:
+            async def work(channel: Channel, mine: Sequence[LoadDevice]) -> None:
                 for device in mine:
                     await _send([channel], [await device.prepare()], check=True)
 
@@ -110,7 +112,7 @@ async def _measure_memory() -> float:
             return next(int(line.split()[1]) / 1e3 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-# ------------------------------------------------------------------------------------------------------------------- load
+# --------------------------------------------------------------------------------------------------------------- load
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Upload:
 class LoadDevice:
     """Speaks the protocol up to the upload; then all that is left is to send bytes."""
 
-    def __init__(self, channel: grpc.aio.Channel, update: bytes) -> None:
+    def __init__(self, channel: Channel, update: bytes) -> None:
         self._channel = channel
         self._update = update
         self.key = Ed25519PrivateKey.generate()
@@ -184,9 +186,9 @@ class LoadDevice:
 class Fleet:
     """The operator's side of the load: the task, the devices, and when a version is there."""
 
-    def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
+    def __init__(self, channel: Channel, token: str) -> None:
         self._channel = channel
-        self._stub: Any = operator_pb2_grpc.OperatorServiceStub(channel)
+        self._stub: Any = operator_pb2_grpc.OperatorServiceStub(channel)  # type: ignore[no-untyped-call]
         self._metadata = (("authorization", f"Bearer {token}"),)
         self._task_id = ""
         variable = Variable("weight", DType.F32, PARAMETERS, (0, 1), 0, VariableFlag.TRAINABLE)
@@ -251,11 +253,11 @@ class Fleet:
         return blob
 
 
-# -------------------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------------------------- processes
 
 
 @asynccontextmanager
-async def _daemon(folder: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], list[grpc.aio.Channel], Fleet]]:
+async def _daemon(folder: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], list[Channel], Fleet]]:
     command = [sys.executable, "-m", "evensong.coordinator.command", "serve", "--data-dir", str(folder)]
     process = subprocess.Popen([*command, "--listen", "127.0.0.1:0", "--log-level", "error"], stdout=subprocess.DEVNULL)
     try:
@@ -264,7 +266,7 @@ async def _daemon(folder: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], 
                 raise RuntimeError("the coordinator does not start")
             await asyncio.sleep(0.05)
         address = (folder / "address").read_text().strip()
-        channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CONNECTIONS)]
+        channels: list[Channel] = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CONNECTIONS)]
         yield process, channels, Fleet(channels[0], (folder / "operator.token").read_text().strip())
         for channel in channels:
             await channel.close()
@@ -274,12 +276,12 @@ async def _daemon(folder: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], 
 
 
 @asynccontextmanager
-async def _sink() -> AsyncIterator[list[grpc.aio.Channel]]:
+async def _sink() -> AsyncIterator[list[Channel]]:
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.coordinator"], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         address = process.stdout.readline().decode().strip()
-        channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CONNECTIONS)]
+        channels: list[Channel] = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CONNECTIONS)]
         yield channels
         for channel in channels:
             await channel.close()
