@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 import pytest
 from engines import needs_native
 from hypothesis import given, settings
@@ -24,9 +25,12 @@ from evensong.mobile_runtime.errors import DivergedError, ProgramError, RuntimeF
 from evensong.mobile_runtime.native import NativeMachine
 from evensong.wire.artifact import HEADER_BYTES, decode_artifact, encode_artifact
 from evensong.wire.errors import ArtifactError, CorruptError, EvensongError
-from evensong.wire.program import Artifact, DType, Op, Port, Program, Region, Tensor
+from evensong.wire.program import Artifact, DType, Op, Port, Program, Region, Tensor, Variable, VariableFlag
+from evensong.wire.workspace import workspace_bytes
 
 pytestmark = needs_native
+
+Floats = npt.NDArray[np.float32]
 
 _C_LIBRARY = {"calloc", "free", "memcmp", "memcpy", "memmove", "memset", "qsort", "snprintf", "strcmp", "vsnprintf"}
 
@@ -113,6 +117,30 @@ def test_constants_can_be_borrowed_from_aligned_bytes_only() -> None:
         size = ctypes.c_size_t(len(data))
         assert library.evensong_open(address, size, 1, ctypes.byref(handle), message, 200) == expected
         library.evensong_close(handle)
+
+
+@pytest.mark.parametrize("x_value", [1.0, 1e25, np.inf, np.nan])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_that_its_update_computes_follows_the_same_rules(x_value: float, frozen: bool) -> None:
+    rows, inputs, outputs = 20, 33, 17
+    rng = np.random.default_rng(0)
+    dy, x = rng.standard_normal((rows, outputs), np.float32), rng.standard_normal((rows, inputs), np.float32)
+    w = rng.standard_normal((outputs, inputs), np.float32)
+    x[3, 5], dy[3, :] = x_value, 1e15 if x_value > 1 else 1
+    machine = NativeMachine(None, encode_artifact(_gradient_and_update(dy, x, w)))
+    machine.freeze([0] if frozen else [])
+    with np.errstate(all="ignore"):
+        expected = w - np.float32(0.1) * (dy.T @ x)
+    if frozen:
+        machine.run(0, rows, [dy, x], [], learning_rate=0.1)
+        expected = w
+    elif np.isfinite(expected).all():
+        machine.run(0, rows, [dy, x], [], learning_rate=0.1)
+    else:
+        with pytest.raises(DivergedError):
+            machine.run(0, rows, [dy, x], [], learning_rate=0.1)
+        expected = w
+    np.testing.assert_allclose(machine.state.view(np.float32).reshape(w.shape), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone() -> None:
@@ -221,6 +249,21 @@ def test_the_generated_header_is_current() -> None:
 
 def _with_workspace(artifact: Artifact, size: int) -> Artifact:
     return replace(artifact, programs=(replace(artifact.programs[0], workspace_bytes=size),))
+
+
+def _gradient_and_update(dy: Floats, x: Floats, w: Floats) -> Artifact:
+    """A weight's gradient and the SGD that is its only reader: the pair that the engine runs as one."""
+    tensors = (
+        Tensor(DType.F32, Region.INPUT, dy.shape, 0, batched=True),
+        Tensor(DType.F32, Region.INPUT, x.shape, 1, batched=True),
+        Tensor(DType.F32, Region.ARENA, w.shape, 0),
+        Tensor(DType.F32, Region.STATE, w.shape, 0),
+    )
+    ops = (Op("LINEAR_GRAD_WEIGHT", (0, 1), (2,)), Op("SGD", (3, 2), (), (0.0, 0.0, 0)))
+    ports = (Port("dy", 0), Port("x", 1))
+    program = Program("p", len(dy), w.nbytes, workspace_bytes(ops, tensors), ports, (), tensors, ops)
+    variable = Variable("w", DType.F32, w.shape, (0, 1), 0, VariableFlag.TRAINABLE)
+    return Artifact({}, (variable,), (program,), b"", w.tobytes(), 0)
 
 
 def _copy(const: bytes = b"") -> Artifact:

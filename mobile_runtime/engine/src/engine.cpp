@@ -20,7 +20,9 @@ struct PortOperand {
 struct Prepared {
     Array<Operand> operands;
     Array<PortOperand> ports;
-    uint32_t batch;  // that `operands` now describe
+    Array<uint32_t> first_operand;  // of each operation, in `operands`
+    Array<uint8_t> waits;           // operations that their partner does, in this run
+    uint32_t batch;                 // that `operands` now describe
     bool updates_statistics;
 };
 
@@ -97,8 +99,10 @@ bool prepare(evensong_engine* engine, const Program& program, Prepared* out) {
         }
     }
     if (!out->operands.allocate(operands) || !out->ports.allocate(ports)) return false;
-    size_t operand = 0, port = 0;
+    if (!out->first_operand.allocate(program.ops.size) || !out->waits.allocate(program.ops.size)) return false;
+    size_t operand = 0, port = 0, number = 0;
     for (const Op& op : program.ops) {
+        out->first_operand[number++] = uint32_t(operand);
         out->updates_statistics = out->updates_statistics || op.code == op::BATCH_NORM_TRAIN;
         for (uint32_t i = 0; i < uint32_t(op.inputs) + op.outputs; ++i, ++operand) {
             const Tensor& tensor = program.tensors[op.operands[i]];
@@ -148,8 +152,9 @@ evensong_status build(evensong_engine* engine, const void* bytes, size_t size, b
                 return report->fail(EVENSONG_PROGRAM, "this build has no kernel for operation %u", op.code);
         }
     }
-    bool ready = allocate_memory(engine, borrow) && engine->frozen.allocate(model.variables.size) &&
-                 engine->prepared.allocate(model.programs.size) && prepare_statistics(engine);
+    bool ready = fuse(&engine->model) && allocate_memory(engine, borrow) &&
+                 engine->frozen.allocate(model.variables.size) && engine->prepared.allocate(model.programs.size) &&
+                 prepare_statistics(engine);
     for (size_t i = 0; ready && i < model.programs.size; ++i) {
         ready = prepare(engine, model.programs[i], &engine->prepared[i]);
     }
@@ -205,35 +210,78 @@ void restore_statistics(const evensong_engine* engine) {
     for (const Statistic& statistic : engine->statistics) memcpy(statistic.live, statistic.saved, statistic.bytes);
 }
 
-// The gradients of all updates that follow one another, before the first of them changes anything.
-bool gradients_are_finite(const evensong_engine* engine, const Program& program, size_t first,
-                          const Operand* operands) {
-    for (size_t i = first; i < program.ops.size && is_optimizer(program.ops[i].code); ++i) {
-        const Op& op = program.ops[i];
-        bool skipped = engine->frozen[size_t(op.variable)];
-        if (!skipped && !engine->isa->all_finite(operands[1].f32(), operands[1].elements)) return false;
-        operands += op.inputs + op.outputs;
-    }
-    return true;
-}
+// One run of one program.
+class Runner {
+  public:
+    Runner(evensong_engine* engine, const Program& program, Prepared* prepared, const Run& run)
+        : engine_(engine), program_(program), prepared_(prepared), run_(run) {}
 
-Fault run_operations(evensong_engine* engine, const Program& program, const Prepared& prepared, const Run& run) {
-    const Operand* operands = prepared.operands.data;
-    bool updating = false;
-    for (size_t i = 0; i < program.ops.size; ++i) {
-        const Op& op = program.ops[i];
-        bool optimizer = is_optimizer(op.code);
-        if (optimizer && !updating && !gradients_are_finite(engine, program, i, operands)) return Fault::kNotFinite;
-        updating = optimizer;
-        if (!optimizer || !engine->frozen[size_t(op.variable)]) {
-            Call call = {operands, op.inputs, operands + op.inputs, op.outputs, op.attributes, engine->workspace, &run};
-            Fault fault = engine->kernels[op.code](call);
+    Fault run() {
+        bool updating = false;
+        for (size_t i = 0; i < program_.ops.size; ++i) {
+            const Op& op = program_.ops[i];
+            bool optimizer = is_optimizer(op.code);
+            if (optimizer && !updating && !gradients_are_finite(i)) return Fault::kNotFinite;
+            updating = optimizer;
+            if (optimizer && is_frozen(op)) continue;
+            Fault fault = op.partner == kNoPartner ? call(i) : optimizer ? update(i) : gradient(i);
             if (fault != Fault::kNone) return fault;
         }
-        operands += op.inputs + op.outputs;
+        return Fault::kNone;
     }
-    return Fault::kNone;
-}
+
+  private:
+    const Operand* operands(size_t number) const { return prepared_->operands.data + prepared_->first_operand[number]; }
+    bool is_frozen(const Op& op) const { return engine_->frozen[size_t(op.variable)]; }
+
+    Fault call(uint16_t code, const Operand* in, uint32_t inputs, const Operand* out, uint32_t outputs,
+               const Attribute* attributes) {
+        return engine_->kernels[code](Call{in, inputs, out, outputs, attributes, engine_->workspace, &run_});
+    }
+    Fault call(size_t number) {
+        const Op& op = program_.ops[number];
+        const Operand* in = operands(number);
+        return call(op.code, in, op.inputs, in + op.inputs, op.outputs, op.attributes);
+    }
+
+    // The gradients of all updates that follow one another, before the first of them changes anything.
+    bool gradients_are_finite(size_t first) const {
+        for (size_t i = first; i < program_.ops.size && is_optimizer(program_.ops[i].code); ++i) {
+            const Op& op = program_.ops[i];
+            if (is_frozen(op) || (op.partner != kNoPartner && prepared_->waits[size_t(op.partner)])) continue;
+            const Operand& gradient = operands(i)[1];
+            if (!engine_->isa->all_finite(gradient.f32(), gradient.elements)) return false;
+        }
+        return true;
+    }
+
+    // A LINEAR_GRAD_WEIGHT that its SGD may do: left to it if its result is surely finite. The bias does not wait.
+    Fault gradient(size_t number) {
+        const Op& op = program_.ops[number];
+        const Operand* in = operands(number);
+        bool waits = !is_frozen(program_.ops[size_t(op.partner)]) &&
+                     call(kLinearUpdateCheck, in, 2, nullptr, 0, nullptr) == Fault::kNone;
+        prepared_->waits[number] = waits;
+        if (!waits) return call(number);
+        Operand out[2] = {in[2], op.outputs > 1 ? in[3] : in[2]};
+        out[0].data = nullptr;
+        return call(op.code, in, op.inputs, out, op.outputs, op.attributes);
+    }
+
+    // The SGD of such a gradient.
+    Fault update(size_t number) {
+        const size_t partner = size_t(program_.ops[number].partner);
+        if (!prepared_->waits[partner]) return call(number);
+        const Operand* gradient = operands(partner);
+        const Operand in[] = {gradient[0], gradient[1], operands(number)[0]};
+        return call(kLinearUpdate, in, 3, nullptr, 0, nullptr);
+    }
+
+    evensong_engine* engine_;
+    const Program& program_;
+    Prepared* prepared_;
+    const Run run_;
+};
 
 }  // namespace
 
@@ -361,7 +409,8 @@ evensong_status evensong_run(evensong_engine* engine, uint32_t program_index, ui
         prepared.operands[port.operand].data = (port.output ? outputs : inputs)[port.port].data;
     }
     if (prepared.updates_statistics) save_statistics(engine);
-    Fault fault = run_operations(engine, program, prepared, Run{options->learning_rate, options->step, options->seed});
+    Runner runner(engine, program, &prepared, Run{options->learning_rate, options->step, options->seed});
+    Fault fault = runner.run();
     if (fault == Fault::kNone) return EVENSONG_OK;
     if (prepared.updates_statistics) restore_statistics(engine);
     if (fault == Fault::kIndexOutOfRange) {

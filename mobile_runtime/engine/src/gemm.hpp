@@ -39,6 +39,7 @@ struct Epilogue {
     const float* bias = nullptr;  // one entry a column
     int32_t activation = activation::NONE;
     bool accumulate = false;  // add to what C holds, before bias and activation
+    float scale = 1.0f;       // of the product, where it is added to what C holds
 };
 
 EVENSONG_INLINE Floats activate(Floats v, int32_t kind) {

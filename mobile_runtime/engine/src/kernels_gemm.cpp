@@ -43,7 +43,7 @@ __attribute__((noinline)) void finish_tile(const float* tile, size_t rows, float
         for (size_t i = 0; i < rows; ++i) {
             float* c = out[i] + column;
             Floats sum = load(tile + i * kPanelColumns + j) + bias;
-            if (epilogue.accumulate) sum += load_upto(c, live);
+            if (epilogue.accumulate) sum = load_upto(c, live) + epilogue.scale * sum;
             store_upto(c, activate(sum, epilogue.activation), live);
         }
     }
@@ -79,6 +79,11 @@ void multiply_rows(Left left, const float* right, size_t right_stride, size_t de
     const Tile<Left>* tile = kTiles<Left>;
     for (size_t row = 0; row < rows; row += tile->rows) {
         while (tile->rows > rows - row) ++tile;
+        if (epilogue.accumulate) {  // what is added to comes from far away: ask for it before the tile's sums begin
+            for (size_t i = 0; i < tile->rows; ++i) {
+                for (size_t j = 0; j < kPanelColumns; j += 16) __builtin_prefetch(out[row + i] + out_column + j, 1);
+            }
+        }
         float* const* target = is_plain ? out + row : buffer_rows;
         tile->multiply[columns > kLanes](left.from(row), right, right_stride, depth, target, is_plain ? out_column : 0);
         if (!is_plain) finish_tile(buffer, tile->rows, out + row, out_column, columns, epilogue);

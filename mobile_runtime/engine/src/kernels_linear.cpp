@@ -68,21 +68,51 @@ Fault linear_grad_input(const Call& call) {
     return Fault::kNone;
 }
 
-// dw[O,I] = dy^T x; db[O] = sum of dy over rows
-Fault linear_grad_weight(const Call& call) {
-    const Operand &dy = call.in[0], &x = call.in[1], &dw = call.out[0];
+// out[O,I] = dy[M,O]^T x[M,I], or with `accumulate` out += scale * dy^T x
+void multiply_transposed(const Operand& dy, const Operand& x, float* out, bool accumulate, float scale,
+                         char* workspace) {
     const size_t rows = dy.last(), depth = dy.elements / rows, columns = x.last();
-    float* scratch = reinterpret_cast<float*>(call.workspace);
+    float* scratch = reinterpret_cast<float*>(workspace);
     for (size_t k = 0; k < depth; k += kDepth) {
         const size_t deep = smaller(depth - k, kDepth);
-        for_blocks_of_rows(dw.f32_mut(), columns, rows, [&](size_t first, size_t count, float* const* dw_rows) {
+        for_blocks_of_rows(out, columns, rows, [&](size_t first, size_t count, float* const* out_rows) {
             const Columns left = {dy.f32() + k * rows + first, rows};
             Epilogue epilogue;
-            epilogue.accumulate = k > 0;
-            multiply_in_place(left, x.f32() + k * columns, columns, deep, dw_rows, count, columns, epilogue, scratch);
+            epilogue.accumulate = accumulate || k > 0;
+            epilogue.scale = scale;
+            multiply_in_place(left, x.f32() + k * columns, columns, deep, out_rows, count, columns, epilogue, scratch);
         });
     }
-    if (call.outputs > 1) bias_gradient(dy.f32(), depth, rows, call.out[1].f32_mut());
+}
+
+// dw[O,I] = dy^T x; db[O] = sum of dy over rows. Without memory for dw only db is computed.
+Fault linear_grad_weight(const Call& call) {
+    const Operand& dy = call.in[0];
+    if (call.out[0].data) multiply_transposed(dy, call.in[1], call.out[0].f32_mut(), false, 1.0f, call.workspace);
+    if (call.outputs > 1) bias_gradient(dy.f32(), dy.elements / dy.last(), dy.last(), call.out[1].f32_mut());
+    return Fault::kNone;
+}
+
+// The largest magnitude; NaN if any element is NaN or infinite.
+float largest(const Operand& x) {
+    Floats most = {}, poison = {};
+    for (size_t i = 0; i < x.elements; i += kLanes) {
+        const Floats v = absolute(load_upto(x.f32() + i, x.elements - i));
+        most = maximum(v, most);
+        poison += v * 0.0f;
+    }
+    return max_lanes(most) + sum_lanes(poison);
+}
+
+// See kernel.hpp. |dw| is at most M max|dy| max|x|: if that is far inside the range of float32, all of it is finite.
+Fault linear_update_check(const Call& call) {
+    const Operand& dy = call.in[0];
+    const float bound = float(dy.elements / dy.last()) * largest(dy) * largest(call.in[1]);
+    return bound < 1e30f && bound * call.run->learning_rate < 1e30f ? Fault::kNone : Fault::kNotFinite;
+}
+
+Fault linear_update(const Call& call) {
+    multiply_transposed(call.in[0], call.in[1], call.in[2].f32_mut(), true, -call.run->learning_rate, call.workspace);
     return Fault::kNone;
 }
 
@@ -93,6 +123,8 @@ void register_linear(Kernel* table) {
     table[op::LINEAR] = linear;
     table[op::LINEAR_GRAD_INPUT] = linear_grad_input;
     table[op::LINEAR_GRAD_WEIGHT] = linear_grad_weight;
+    table[kLinearUpdateCheck] = linear_update_check;
+    table[kLinearUpdate] = linear_update;
 }
 
 }  // namespace EVENSONG_ISA

@@ -385,12 +385,6 @@ bool attribute_fits(char kind, Attribute attribute) {
     }
 }
 
-bool overlap(const Tensor& a, const Tensor& b) {
-    if (a.region != b.region) return false;
-    if (a.region >= Region::kInput) return a.offset == b.offset;
-    return a.offset < b.end() && b.offset < a.end();
-}
-
 bool same_place(const Tensor& a, const Tensor& b) {
     return a.region == b.region && a.offset == b.offset && a.bytes == b.bytes && a.batched == b.batched;
 }
@@ -547,6 +541,12 @@ evensong_status verify_program(const Model& model, Program* program, Report* rep
 }
 
 }  // namespace
+
+bool overlap(const Tensor& a, const Tensor& b) {
+    if (a.region != b.region) return false;
+    if (a.region >= Region::kInput) return a.offset == b.offset;
+    return a.offset < b.end() && b.offset < a.end();
+}
 
 bool is_optimizer(uint16_t code) { return code == op::SGD || code == op::ADAM; }
 bool is_loss(uint16_t code) { return code >= op::CROSS_ENTROPY && code <= op::BCE_WITH_LOGITS; }
