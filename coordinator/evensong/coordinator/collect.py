@@ -205,16 +205,16 @@ def commit_upload(
             file.make_durable()
         context.fault("collect.after_fsync")
         try:
-            with (
-                sums.adding(admitted.round_id, admitted.plan, file, request.weight) as running,
-                context.database.transaction() as tx,
-            ):
-                if requests.recall(tx, key) is None:
-                    holder = check_lease(context, tx, call.device.device_id, request.lease, device_pb2.WORK_TRAIN)
-                    upload = Accepted(request.upload_id, admitted.sha256, file.received, request.weight)
-                    running.entry = _accept(context, tx, holder, request.metrics, upload)
-                    requests.remember(tx, key, response, context.now())
-                context.fault("collect.before_commit")
+            with sums.adding(admitted.round_id, admitted.plan, file, request.weight) as running:
+                entry = running.entry
+                with context.database.transaction() as tx:
+                    if requests.recall(tx, key) is None:
+                        holder = check_lease(context, tx, call.device.device_id, request.lease, device_pb2.WORK_TRAIN)
+                        upload = Accepted(request.upload_id, admitted.sha256, file.received, request.weight)
+                        entry = _accept(context, tx, holder, request.metrics, upload)
+                        requests.remember(tx, key, response, context.now())
+                    context.fault("collect.before_commit")
+                running.entry = entry
         except WireError as error:
             raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_UPDATE, str(error)) from None
         context.fault("collect.after_commit")

@@ -41,14 +41,14 @@ def compute_next_version(
         entries, metrics = rounds.read_journal(tx, round.round_id)
     plan = parse_plan(base.bundle)
     context.fault("aggregate.before_mean")
-    accumulator = sums.complete(round.round_id, plan)
+    mean = sums.complete(round.round_id, plan)
     context.fault("step.before")
     parameters, state = optimizers.create(plan.bundle.server).step(
         context.blobs.read(base.strategy_state_sha256),
         decode_tensors(context.blobs.read(base.parameters_sha256), plan.layout),
-        accumulator.mean(),
+        mean.update,
         round=round.number,
-        total_weight=accumulator.total_weight,
+        total_weight=mean.total_weight,
         reports=len(entries),
         metrics={
             "loss": metrics.loss_sum / metrics.examples,
@@ -62,6 +62,6 @@ def compute_next_version(
         len(encoded),
         context.blobs.put(state),
         reports=len(entries),
-        total_weight=accumulator.total_weight,
+        total_weight=mean.total_weight,
         metrics=metrics,
     )

@@ -9,7 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from sqlalchemy import select
 
 from evensong.coordinator import tables
@@ -17,6 +20,14 @@ from evensong.coordinator.aggregate import Accumulator
 from evensong.coordinator.context import Context
 from evensong.coordinator.plan import Plan
 from evensong.coordinator.spool import SpooledUpload
+
+
+@dataclass(frozen=True)
+class Mean:
+    """What a round's updates come to: float64 arrays in the author's shapes."""
+
+    update: dict[str, npt.NDArray[np.float64]]
+    total_weight: float
 
 
 class RunningSum:
@@ -40,8 +51,8 @@ class Sums:
 
     @contextmanager
     def adding(self, round_id: int, plan: Plan, file: SpooledUpload, weight: float) -> Iterator[RunningSum]:
-        """Adds an update that the body of the ``with`` then journals, setting ``entry``: one update at a time, so that
-        the order of the sum is the order of the journal.
+        """Adds an update that the body of the ``with`` then journals, setting ``entry`` once that is committed: one
+        update at a time, so that the order of the sum is the order of the journal.
 
         Raises what the codec raises for a bad update; then the sum is as it was. If the body fails or journals nothing,
         the sum is forgotten and built from the journal when it is needed again.
@@ -58,10 +69,13 @@ class Sums:
                 if not journalled:  # the transaction may fail after the entry has its number
                     self.drop(round_id)
 
-    def complete(self, round_id: int, plan: Plan) -> Accumulator:
-        """The sum of every journalled update of a round that accepts no more."""
+    def complete(self, round_id: int, plan: Plan) -> Mean:
+        """The mean of every journalled update of a round that accepts no more.
+
+        Taken under the lock: a device that comes too late adds its update before the transaction refuses it.
+        """
         with self._locked(round_id, plan) as running:
-            return running.accumulator
+            return Mean(running.accumulator.mean(), running.accumulator.total_weight)
 
     def drop(self, round_id: int) -> None:
         """Frees the memory of a round that is over."""
