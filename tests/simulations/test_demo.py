@@ -67,7 +67,9 @@ def test_an_interrupted_demo_stops_every_process(tmp_path: Path, number: signal.
     demo = _start(tmp_path, tmp_path / "out", rounds=500)
     try:
         _wait_for_child(demo.pid, "device-2")
-        demo.send_signal(number)
+        for _ in range(3):  # impatience changes nothing
+            demo.send_signal(number)
+            time.sleep(0.1)
         output, _ = demo.communicate(timeout=60)
     finally:
         demo.kill()

@@ -21,7 +21,7 @@ FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 def run_app(app: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
     """Runs ``app``; the exit code: 0 done, 1 failed, 2 wrong command line or data, 130 interrupted."""
     try:
-        with _terminate_as_interrupt():
+        with _one_interrupt():
             result = typer.main.get_command(app).main(
                 list(sys.argv[1:] if argv is None else argv), prog_name=name, standalone_mode=False
             )
@@ -40,14 +40,23 @@ def run_app(app: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that whatever was started ends with it."""
+def _one_interrupt() -> Iterator[None]:
+    """The first SIGINT or SIGTERM unwinds the program; later ones are ignored, so that they cannot cut the unwinding
+    short.
+
+    What is unwound ends processes and closes connections, within seconds.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        for each in former:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    former = signal.signal(signal.SIGTERM, interrupt)
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in former:
+            signal.signal(number, interrupt)
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
