@@ -270,7 +270,7 @@ def test_a_kill_at_every_critical_line_loses_and_doubles_nothing(tmp_path: Path)
         daemon.close()
 
 
-@pytest.mark.parametrize("crashes", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("crashes", [15, pytest.param(100, marks=pytest.mark.slow)])
 def test_kills_at_random_times_lose_and_double_nothing(tmp_path: Path, crashes: int) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
