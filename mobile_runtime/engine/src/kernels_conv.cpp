@@ -47,8 +47,12 @@ Fault convolution(const Call& call) {
     const size_t depth = conv.depth(), columns = size_t(conv.group_out_channels()), pixels = conv.out_pixels();
     const Blocks blocks(call.workspace, depth, columns, pixels);
     for (size_t group = 0; group < size_t(conv.groups); ++group) {
-        const Patches patches = {conv.forward_h(), conv.forward_w(), x.f32() + group * size_t(conv.group_channels),
-                                 size_t(conv.channels), size_t(conv.group_channels)};
+        const Patches patches = {conv.forward_h(),
+                                 conv.forward_w(),
+                                 x.f32() + group * size_t(conv.group_channels),
+                                 size_t(conv.channels),
+                                 size_t(conv.group_channels),
+                                 x.f32() + x.elements};
         for (size_t first = 0; first < columns; first += blocks.weight_columns) {
             const size_t width = smaller(columns - first, blocks.weight_columns), channel = group * columns + first;
             for (size_t j = 0; j < width; j += kPanelColumns) {
@@ -97,7 +101,12 @@ __attribute__((noinline)) void grad_input_phase(const Convolution& conv, const A
     if (h.taps == 0 || w.taps == 0)
         return clear_grid(h, w, conv.images, size_t(conv.channels), target);  // no tap meets them
     for (size_t group = 0; group < size_t(conv.groups); ++group) {
-        const Patches patches = {h, w, dy + group * outputs, size_t(conv.out_channels), outputs};
+        const Patches patches = {h,
+                                 w,
+                                 dy + group * outputs,
+                                 size_t(conv.out_channels),
+                                 outputs,
+                                 dy + conv.out_pixels() * size_t(conv.out_channels)};
         for (size_t first = 0; first < columns; first += blocks.weight_columns) {
             const size_t width = smaller(columns - first, blocks.weight_columns);
             pack_backward(conv, h, w, weights + group * outputs * conv.depth() + first, width, blocks.weights);
@@ -143,8 +152,12 @@ Fault convolution_grad_weight(const Call& call) {
         const size_t stride = size_t(workspace::patch_stride(depth)),
                      most = size_t(workspace::patch_rows(depth, pixels));
         for (size_t group = 0; group < size_t(conv.groups); ++group) {
-            const Patches patches = {conv.forward_h(), conv.forward_w(), x.f32() + group * size_t(conv.group_channels),
-                                     size_t(conv.channels), size_t(conv.group_channels)};
+            const Patches patches = {conv.forward_h(),
+                                     conv.forward_w(),
+                                     x.f32() + group * size_t(conv.group_channels),
+                                     size_t(conv.channels),
+                                     size_t(conv.group_channels),
+                                     x.f32() + x.elements};
             for (size_t pixel = 0; pixel < pixels; pixel += most) {
                 const size_t count = smaller(pixels - pixel, most);
                 const float* rows[kMostRows];

@@ -195,9 +195,11 @@ void pack_panel(const float* right, size_t right_stride, size_t depth, size_t co
 }
 
 void pack_panel_transposed(const float* right, size_t stride, size_t depth, size_t columns, float* panel) {
-    const size_t width = panel_width(columns);
-    for (size_t j = 0; j < width; ++j) {
-        for (size_t k = 0; k < depth; ++k) panel[k * width + j] = j < columns ? right[j * stride + k] : 0.0f;
+    const size_t width = panel_width(columns), live = columns < width ? columns : width;
+    for (size_t k = 0; k < depth; ++k, panel += width) {
+        const float* from = right + k;
+        for (size_t j = 0; j < live; ++j, from += stride) panel[j] = *from;
+        for (size_t j = live; j < width; ++j) panel[j] = 0.0f;
     }
 }
 

@@ -98,6 +98,7 @@ struct Patches {
     const float* source;  // [images, h.source, w.source, pixel_stride], already at the group's first channel
     size_t pixel_stride;  // all channels
     size_t channels;      // of the group
+    const float* end;     // of the source
 
     size_t depth() const { return size_t(h.taps) * size_t(w.taps) * channels; }
     bool taps_are_contiguous() const { return w.taps == 1 || (w.delta == 1 && channels == pixel_stride); }
@@ -130,6 +131,20 @@ struct Patches {
   private:
     void copy_patch(int32_t image, int32_t row, int32_t column, float* out) const {
         const size_t line = size_t(w.taps) * channels;
+        const int32_t top = row * h.step + h.first, left = column * w.step + w.first;
+        const bool is_inside =
+            top >= 0 && top + (h.taps - 1) * h.delta < h.source && left >= 0 && left + w.taps <= w.source;
+        if (is_inside && taps_are_contiguous()) {
+            const size_t next = size_t(h.delta) * size_t(w.source) * pixel_stride;
+            const float* from = at(image, top, left);
+            if (size_t(end - from) >=
+                size_t(h.taps - 1) * next + line + kLanes) {  // whole vectors may be read everywhere
+                for (int32_t t = 0; t < h.taps; ++t, out += line, from += next) {
+                    for (size_t i = 0; i < line; i += kLanes) store(out + i, load(from + i));
+                }
+                return;
+            }
+        }
         for (int32_t t = 0; t < h.taps; ++t, out += line) {
             const int32_t y = row * h.step + h.first + t * h.delta;
             if (y < 0 || y >= h.source) {
