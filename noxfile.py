@@ -39,10 +39,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def generate(session: nox.Session) -> None:
-    """Regenerates committed files: protobuf code, the engine's opcode header, the demo's artifacts."""
+    """Regenerates committed files: protobuf code, opcode header, operation table, the demo's artifacts."""
     session.install(".[dev]")
     session.run("python", "protos/generate.py")
-    session.run("python", "-m", "evensong.mobile_runtime.opcodes_header")
+    session.run("python", "mobile_runtime/engine/opcodes_header.py")
+    session.run("python", "docs/artifact_doc.py")
     session.run("python", "-m", "evensong.simulations.demo.build")
 
 

@@ -1,9 +1,9 @@
 // What a kernel sees: live operands, attributes, workspace. Kernels are pure functions of a Call; they never allocate.
 //
 // Every kernel source is compiled once per instruction set with -DEVENSONG_ISA=name, inside `namespace evensong::name`,
-// and fills one table indexed by operation code. The loader has verified ranks, shapes, dtypes and regions before a kernel
-// runs; VALUES in memory (embedding ids, labels, pooling indices) are still hostile, and kernels check them as they use them.
-// Operands in the host's buffers are aligned for their element type only, all others to 64 bytes.
+// and fills one table indexed by operation code. The loader has verified ranks, shapes, dtypes and regions before a
+// kernel runs; VALUES in memory (embedding ids, labels, pooling indices) are still hostile, and kernels check them as
+// they use them. Operands in the host's buffers are aligned for their element type only, all others to 64 bytes.
 #pragma once
 
 #include <stddef.h>
@@ -67,7 +67,8 @@ using Kernel = Fault (*)(const Call&);
 constexpr uint32_t kOpCodes = 96;  // size of a kernel table; codes are below it
 
 // Two kernels that no artifact can name: the engine puts them in the place of LINEAR_GRAD_WEIGHT and SGD, see fuse.cpp.
-constexpr uint16_t kLinearUpdateCheck = 94;  // dy, x: kNone if every element of dy^T x is surely finite, else kNotFinite
-constexpr uint16_t kLinearUpdate = 95;       // dy, x, w: w -= learning_rate dy^T x
+constexpr uint16_t kLinearUpdateCheck =
+    94;                                 // dy, x: kNone if every element of dy^T x is surely finite, else kNotFinite
+constexpr uint16_t kLinearUpdate = 95;  // dy, x, w: w -= learning_rate dy^T x
 
 }  // namespace evensong

@@ -51,13 +51,14 @@ def check_chunk(
     A chunk of a wrong length or checksum, after a gap, across the end of what was received, or beyond the blob raises
     :class:`CorruptError`; the sender goes on from ``received_bytes``.
     """
-    length, end = len(chunk.data), chunk.offset + len(chunk.data)
+    data = chunk.data  # each access copies
+    length, end = len(data), chunk.offset + len(data)
     go_on = f"Go on from byte {received_bytes}."
     if not 1 <= length <= max_chunk_bytes:
         raise CorruptError("a chunk has a bad length", expected=f"1 to {max_chunk_bytes} bytes", got=length, fix=go_on)
     if end > total_bytes:
         raise CorruptError("a chunk ends beyond its blob", expected=f"at most byte {total_bytes}", got=end, fix=go_on)
-    checksum = crc32c(chunk.data)
+    checksum = crc32c(data)
     if checksum != chunk.crc32c:
         raise CorruptError(
             "a chunk is damaged", expected=f"CRC32C {chunk.crc32c:08x}", got=f"{checksum:08x}", fix="Send it again."
@@ -66,4 +67,4 @@ def check_chunk(
         return ALREADY_THERE
     if chunk.offset != received_bytes:
         raise CorruptError("a chunk is out of order", expected=f"offset {received_bytes}", got=chunk.offset, fix=go_on)
-    return chunk.data
+    return data

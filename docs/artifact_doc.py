@@ -1,4 +1,4 @@
-"""Fills in the generated parts of ``docs/artifact.md``: ``python -m evensong.mobile_runtime.artifact_doc``."""
+"""Fills in the generated parts of ``docs/artifact.md``: ``python docs/artifact_doc.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from evensong.mobile_runtime.signatures import SIGNATURES
 from evensong.wire.program import OPS, DType, Region
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "artifact.md"
 SMALLEST = ROOT / "protos" / "vectors" / "artifact" / "smallest.evsg"
 
