@@ -1,4 +1,4 @@
-"""``evensong coordinator serve | config | token``."""
+"""Run the coordinator daemon; show its configuration or the operator's token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``evensong simulate``: a whole fleet in this process, under simulated time."""
+"""Run a whole fleet of virtual devices in this process, under simulated time."""
 
 from __future__ import annotations
 

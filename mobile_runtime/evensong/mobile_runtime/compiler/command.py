@@ -1,4 +1,4 @@
-"""``evensong compile``: a PyTorch model into an artifact that devices predict and train with."""
+"""Turn a PyTorch model into an artifact that devices predict and train with."""
 
 from __future__ import annotations
 

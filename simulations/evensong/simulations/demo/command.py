@@ -1,4 +1,4 @@
-"""``evensong demo``: the command line."""
+"""Watch a real coordinator and real devices learn real data together, on this machine."""
 
 from __future__ import annotations
 
