@@ -247,6 +247,59 @@ def test_accuracy_counts_every_answer(engine: Any) -> None:
     assert (result.correct, result.examples, result.accuracy) == (6, 3, 2 / 3)
 
 
+# ------------------------------------------------------------------------------------------------- steps of one shape
+
+
+def test_steps_of_one_shape_are_those_of_any_other_way_to_pass_the_examples(engine: Any) -> None:
+    """Arrays of the port's own dtype take the prepared path from the second step on; lists never do."""
+    with load(ARTIFACT, engine=engine) as prepared, load(ARTIFACT, engine=engine) as careful:
+        for count in (8, 8, 8, 3, 3, 8):
+            x, y = examples(count)
+            step = prepared.train_step(x, y.astype(np.int32), learning_rate=0.3)
+            assert step == careful.train_step(x.tolist(), y.tolist(), learning_rate=0.3)
+        assert prepared.checkpoint() == careful.checkpoint()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_prepared_step_refuses_what_the_first_would(session: Session, bad: float) -> None:
+    x, y = examples(8)
+    labels = y.astype(np.int32)
+    for _ in range(2):
+        session.train_step(x, labels, learning_rate=0.1)
+        session.predict(x)
+    before = session.checkpoint()
+    spoilt = x.copy()
+    spoilt[7, 3] = bad
+    with pytest.raises(ExampleError, match="NaN or infinite"):
+        session.train_step(spoilt, labels, learning_rate=0.1)
+    with pytest.raises(ExampleError, match="NaN or infinite"):
+        session.predict(spoilt)
+    with pytest.raises(ExampleError):
+        session.train_step(x, np.full(8, 3, np.int32), learning_rate=0.1)
+    with pytest.raises(ExampleError):
+        session.train_step(x, labels, learning_rate=-bad)
+    with pytest.raises(ExampleError):
+        session.train_step(x, labels[:7], learning_rate=0.1)
+    assert session.checkpoint() == before
+
+
+def test_a_prepared_step_takes_numbers_whose_squares_overflow(session: Session) -> None:
+    x, y = np.full((8, 4), 1e25, np.float32), np.zeros(8, np.int32)
+    session.set({W: np.zeros((3, 4))})
+    for _ in range(3):
+        assert session.train_step(x, y, learning_rate=0).loss == pytest.approx(np.log(3), rel=1e-6)
+
+
+def test_a_closed_session_takes_no_prepared_step(engine: Any) -> None:
+    session = load(ARTIFACT, engine=engine)
+    x, y = examples(8)
+    for _ in range(2):
+        session.train_step(x, y.astype(np.int32), learning_rate=0.1)
+    session.close()
+    with pytest.raises(RuntimeFault, match="closed"):
+        session.train_step(x, y.astype(np.int32), learning_rate=0.1)
+
+
 # ------------------------------------------------------------------------------------------------- divergence
 
 
@@ -279,6 +332,38 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(engine: Any) -> N
     assert session.checkpoint() == before
     session.train_step(x, x, learning_rate=0.1)
     assert session.checkpoint() != before
+
+
+def two_layers() -> Artifact:
+    """y = (x a) b with each weight updated as soon as its old value is used up, as the compiler does."""
+    b = ProgramBuilder("train", 1, Memory())
+    x, target = b.input("x", (1, 1), batched=True), b.input("target", (1, 1), batched=True)
+    loss, correct = b.output("loss", (1,)), b.output("correct", (1,), DType.I32)
+    first = b.variable("first", np.ones((1, 1), np.float32))
+    last = b.variable("last", np.full((1, 1), 1e20, np.float32))
+    hidden, y, dy, dhidden = (b.scratch((1, 1), batched=True) for _ in range(4))
+    dlast, dfirst = b.scratch((1, 1)), b.scratch((1, 1))
+    b.op("LINEAR", [x, first], [hidden])
+    b.op("LINEAR", [hidden, last], [y])
+    b.op("MSE", [y, target], [loss, correct, dy])
+    b.op("LINEAR_GRAD_WEIGHT", [dy, hidden], [dlast])
+    b.op("LINEAR_GRAD_INPUT", [dy, last], [dhidden])
+    b.op("SGD", [last, dlast], [])
+    b.op("LINEAR_GRAD_WEIGHT", [dhidden, x], [dfirst])
+    b.op("SGD", [first, dfirst], [])
+    return b.artifact()
+
+
+def test_a_gradient_that_overflows_after_an_update_is_reported_as_such(engine: Any) -> None:
+    session = load(two_layers(), engine=engine)
+    saved = session.checkpoint()
+    x = np.array([[0.1]], np.float32)
+    with pytest.raises(DivergedError, match="other layers may have been updated") as raised:
+        session.train_step(x, np.zeros((1, 1), np.float32), learning_rate=1.0)  # dy = 2e19, dhidden = 2e39
+    assert "checkpoint" in str(raised.value)
+    assert session.get(["last"])["last"] == pytest.approx(1e20 - 2e18)
+    session.restore(saved)
+    assert session.checkpoint() == saved
 
 
 def test_a_weight_that_overflows_is_reported_with_the_way_out(session: Session) -> None:

@@ -96,9 +96,12 @@ typedef struct evensong_options {
 
 /* Runs one program on `batch` examples, 1 <= batch <= evensong_max_batch. Output buffers overlap no other buffer.
  *
- * On EVENSONG_EXAMPLE and EVENSONG_DIVERGED, variables and optimiser state are as before the run, provided that the program
- * updates nothing before its last gradient is known (programs from evensong.mobile_runtime.compile are like that) and that
- * no weight left the range of float32 through a finite gradient. Output buffers hold anything then. */
+ * On EVENSONG_EXAMPLE, and on EVENSONG_DIVERGED because of the loss, variables and optimiser state are as before the run,
+ * provided that the program updates nothing before its loss (programs from evensong.mobile_runtime.compile are like that).
+ * A gradient that overflows although the loss was finite, or an updated weight that leaves the range of float32, may be
+ * found after other weights were updated, since updates stand between the operations of the backward pass: restore your
+ * copy of STATE and SLOTS then. To tell the two apart, set the loss's output to NaN before the run: it is finite afterwards
+ * only if the loss was. All other output buffers hold anything. */
 EVENSONG_API evensong_status evensong_run(evensong_engine* engine, uint32_t program, uint32_t batch,
                                           const evensong_buffer* inputs, uint32_t input_count,
                                           const evensong_buffer* outputs, uint32_t output_count,

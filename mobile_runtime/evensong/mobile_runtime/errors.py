@@ -18,8 +18,8 @@ class ExampleError(RuntimeFault):
 class DivergedError(RuntimeFault):
     """The loss, a gradient or a weight became NaN or infinite.
 
-    A loss or gradient stops the step before anything has changed. A weight that left float32's range shows only after
-    its update: the message then says that a checkpoint has to be restored.
+    A loss stops the step before anything has changed. A gradient or a weight that left float32's range may show only
+    after other weights were updated: the message then says that a checkpoint has to be restored.
     """
 
 

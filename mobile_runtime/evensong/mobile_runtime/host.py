@@ -1,16 +1,17 @@
 """A session over any machine: everything that does not depend on which engine runs the program.
 
 Inputs are checked here and cut into the program's batches; variables are read and written here, in the author's layout.
-One prediction costs one or two microseconds on top of the engine: an input with the dtype and shape of the one before
-takes a short path, where everything else is prepared.
+A prediction or a training step costs a few microseconds on top of the engine: inputs with the dtypes and shapes of the
+ones before take a short path, where everything else is prepared.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,14 @@ from evensong.mobile_runtime.errors import (
     RuntimeFault,
     VariableError,
 )
-from evensong.mobile_runtime.examples import Array, InputPort, all_finite, rows_per_example
+from evensong.mobile_runtime.examples import (
+    Array,
+    InputPort,
+    all_finite,
+    parts_to_check,
+    rows_per_example,
+    surely_finite,
+)
 from evensong.mobile_runtime.machine import Machine
 from evensong.mobile_runtime.session import Evaluation, Inputs, StepResult
 from evensong.wire.program import OPS, Artifact, DType, Program, Variable, VariableFlag
@@ -52,54 +60,52 @@ class HostSession:
         self._views = {v.name: _view(v, machine.state) for v in artifact.variables}  # author's layout, live
         self._step = 0
         self._seed = _checked_seed(seed)
-        self._ready: _Ready | None = None  # the last prediction, should the next one have its shape
+        self._ready_prediction: _Ready | None = None  # the last one, should the next one have its shapes
+        self._ready_step: _Ready | None = None
 
     # ------------------------------------------------------------------------------------------------- running programs
 
     def predict(self, *inputs: npt.ArrayLike) -> Array:
-        ready = self._ready
-        if len(inputs) == 1 and ready is not None:  # the short path: an array like the one before
-            x = inputs[0]
-            if type(x) is np.ndarray and x.dtype is _F32 and x.shape == ready.shape:
-                np.copyto(ready.input, x)
-                if math.isfinite(np.vdot(ready.input, ready.input)):
-                    ready.run()
-                    return ready.output.copy()
+        ready = self._ready_prediction
+        if ready is not None and ready.takes(inputs):
+            ready.run()
+            return ready.outputs[0].copy()
         runner = self._runner("predict")
         values, examples = runner.check_inputs(inputs)
-        self._ready = runner.ready(self._live(), values, examples)
+        self._ready_prediction = runner.ready(self._live(), inputs, values, examples)
         outputs = runner.fresh_outputs(examples)
         for start in range(0, examples, runner.max_batch):
             runner.run_slice(values, outputs, start, min(runner.max_batch, examples - start))
         return outputs[0]
 
     def train_step(self, inputs: Inputs, target: npt.ArrayLike, *, learning_rate: float) -> StepResult:
-        runner = self._runner("train")
         if not 0 <= learning_rate <= _MAX_FLOAT:
             raise ExampleError("the learning rate is wrong", expected="a finite number >= 0", got=learning_rate)
-        values, examples = runner.check_inputs((*runner.split(inputs), target))
-        if examples > runner.max_batch:
-            raise ExampleError(
-                "too many examples for one training step",
-                expected=f"at most {runner.max_batch}",
-                got=examples,
-                fix="Call train_step once per batch, or compile with a larger batch size.",
-            )
-        loss, correct = runner.loss_outputs
+        ready = self._ready_step
+        if ready is not None and ready.takes((*inputs, target) if type(inputs) is tuple else (inputs, target)):
+            loss, correct = ready.outputs
+            run, examples = ready.run, ready.examples
+        else:
+            runner = self._runner("train")
+            given = (*runner.split(inputs), target)
+            values, examples = runner.check_inputs(given)
+            if examples > runner.max_batch:
+                raise ExampleError(
+                    "too many examples for one training step",
+                    expected=f"at most {runner.max_batch}",
+                    got=examples,
+                    fix="Call train_step once per batch, or compile with a larger batch size.",
+                )
+            self._ready_step = runner.ready(self._live(), given, values, examples)
+            loss, correct = runner.loss_outputs
+            run = partial(runner.run, runner.index, examples, values, runner.loss_outputs)
+        loss[0] = math.nan  # until the engine has found a finite one
         try:
-            runner.run(
-                runner.index,
-                examples,
-                values,
-                runner.loss_outputs,
-                learning_rate=learning_rate,
-                step=self._step + 1,
-                seed=self._seed,
-            )
+            run(learning_rate=learning_rate, step=self._step + 1, seed=self._seed)
         except DivergedError as error:
-            raise self._explained(error) from None
+            raise _explained(error, float(loss[0])) from None
         self._step += 1
-        return StepResult(float(loss[0]), int(correct[0]), examples)
+        return StepResult(loss.item(), correct.item(), examples)
 
     def evaluate(self, inputs: Inputs, target: npt.ArrayLike) -> Evaluation:
         runner = self._runner("evaluate")
@@ -185,7 +191,7 @@ class HostSession:
     def close(self) -> None:
         if self._machine is None:
             return
-        self._ready = None
+        self._ready_prediction = self._ready_step = None
         self._programs.clear()
         self._views.clear()  # they point into the machine's memory
         machine, self._machine = self._machine, None
@@ -239,19 +245,6 @@ class HostSession:
             raise VariableError(f"{name!r} has the wrong dtype", expected=view.dtype, got=array.dtype)
         return array
 
-    def _explained(self, error: DivergedError) -> DivergedError:
-        """Engines stop before the first update, unless a finite gradient pushes a weight out of float32's range."""
-        if all(np.isfinite(view).all() for view in self._views.values() if view.dtype == _F32):
-            return DivergedError(
-                "the loss or a gradient is not finite; nothing was changed",
-                got=error.got,
-                fix="Lower the learning rate, or look at the examples.",
-            )
-        return DivergedError(
-            "a weight is not finite after its update",
-            fix="Restore a checkpoint from before the step, and lower the learning rate.",
-        )
-
 
 class _Runner:
     """One program, ready to run: its ports' shapes and the machine's entry, looked up once."""
@@ -289,13 +282,15 @@ class _Runner:
             raise ExampleError("the inputs hold different numbers of examples", got=counts)
         return arrays, next(iter(counts.values()), self.max_batch)
 
-    def ready(self, machine: Machine, inputs: Sequence[Array], examples: int) -> _Ready | None:
-        """The short path for the same shape again; only for one small float32 input that fits one batch."""
-        if len(inputs) != 1 or inputs[0].dtype != _F32 or inputs[0].nbytes > _SMALL or examples > self.max_batch:
+    def ready(
+        self, machine: Machine, given: Sequence[npt.ArrayLike], inputs: Sequence[Array], examples: int
+    ) -> _Ready | None:
+        """The short path for the same shapes again; only for small inputs in one batch that were ``given`` uncast."""
+        if examples > self.max_batch or sum(array.nbytes for array in inputs) > _SMALL:
             return None
-        source, targets = np.empty_like(inputs[0]), self.fresh_outputs(examples)
-        run = machine.prepare(self.index, examples, (source,), targets)
-        return _Ready(source.shape, source, targets[0], run)
+        if any(not _is_array_of(value, array.dtype) for value, array in zip(given, inputs, strict=True)):
+            return None
+        return _Ready(self.index, machine, inputs, self.fresh_outputs(examples), examples)
 
     def fresh_outputs(self, examples: int) -> list[Array]:
         return [np.zeros((rows * examples, *dims[1:]) if rows else dims, dtype) for rows, dims, dtype in self._outputs]
@@ -310,13 +305,30 @@ class _Runner:
         )
 
 
-class _Ready(NamedTuple):
-    """A prepared prediction: its own buffers, and the call that runs over them."""
+class _Ready:
+    """A run made ready: buffers of its own, and the call that runs over them."""
 
-    shape: tuple[int, ...]
-    input: Array
-    output: Array
-    run: Callable[[], None]
+    __slots__ = ("_finite", "_inputs", "examples", "outputs", "run")
+
+    def __init__(
+        self, program: int, machine: Machine, inputs: Sequence[Array], outputs: list[Array], examples: int
+    ) -> None:
+        buffers = [np.empty_like(array) for array in inputs]
+        self._inputs = [(buffer, buffer.dtype, buffer.shape) for buffer in buffers]
+        self._finite = [part for buffer in buffers if buffer.dtype is _F32 for part in parts_to_check(buffer)]
+        self.outputs = outputs
+        self.examples = examples
+        self.run = machine.prepare(program, examples, buffers, outputs)
+
+    def takes(self, values: tuple[object, ...]) -> bool:
+        """Copies ``values`` into the buffers; False where they have to be looked at with care."""
+        if len(values) != len(self._inputs):
+            return False
+        for value, (buffer, dtype, shape) in zip(values, self._inputs, strict=True):
+            if not _is_array_of(value, dtype) or value.shape != shape:
+                return False
+            np.copyto(buffer, value)
+        return surely_finite(self._finite)
 
 
 def _check_role(program: Program) -> None:
@@ -335,6 +347,28 @@ def _check_role(program: Program) -> None:
         raise ProgramError(f"the ports of program {program.name!r} are not those of its name")
     if program.name != "train" and any(OPS[op.name].updates for op in program.ops):
         raise ProgramError(f"program {program.name!r} would change the model")
+
+
+def _explained(error: DivergedError, loss: float) -> DivergedError:
+    """What a training step that diverged has left behind.
+
+    Updates follow the loss, but not all of them follow the last gradient: each weight is updated once nothing needs
+    its old value any more, while the gradients of the layers before it are still to come (docs/artifact.md).
+    """
+    if not math.isfinite(loss):
+        return DivergedError(
+            "the loss is not finite; nothing was changed",
+            got=error.got,
+            fix="Lower the learning rate, or look at the examples.",
+        )
+    return DivergedError(
+        "a gradient or an updated weight is not finite; other layers may have been updated already",
+        fix="Restore a checkpoint from before the step, or call reset(); then lower the learning rate.",
+    )
+
+
+def _is_array_of(value: object, dtype: np.dtype[Any]) -> TypeGuard[Array]:
+    return type(value) is np.ndarray and value.dtype is dtype
 
 
 def _part(array: Array, rows: int, start: int, count: int) -> Array:

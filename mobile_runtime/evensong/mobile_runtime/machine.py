@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from evensong.mobile_runtime.session import Array
+
+
+class Prepared(Protocol):
+    """A prepared run; the arguments and errors are those of :meth:`Machine.run`."""
+
+    def __call__(self, *, learning_rate: float = 0.0, step: int = 1, seed: int = 0) -> None: ...
 
 
 class Machine(Protocol):
@@ -47,16 +53,15 @@ class Machine(Protocol):
         """Runs ``artifact.programs[program]`` on ``1 <= batch <= max_batch`` examples and fills ``outputs``.
 
         Raises :class:`ExampleError` where an embedding id, label or pooling index is out of range, and
-        :class:`DivergedError` where a loss (before any optimiser operation) or an updated weight is not finite.
+        :class:`DivergedError` where a loss, a gradient or an updated weight is not finite. The loss's output is then
+        finite only if the loss was; what else may have changed is in docs/artifact.md.
         """
         ...
 
-    def prepare(
-        self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
-    ) -> Callable[[], None]:
-        """A call that runs the program, which must not train, over these very arrays again and again.
+    def prepare(self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]) -> Prepared:
+        """A call that runs the program over these very arrays again and again, as :meth:`run` would.
 
-        For inference in microseconds: everything that does not change between calls is done once.
+        For runs of microseconds: everything that does not change between calls is done once.
         """
         ...
 

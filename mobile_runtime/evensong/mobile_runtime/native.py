@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evensong.mobile_runtime.errors import DivergedError, ExampleError, ProgramError, RuntimeFault
+from evensong.mobile_runtime.machine import Prepared
 from evensong.mobile_runtime.session import Array
 from evensong.wire.errors import ArtifactError, CorruptError, EvensongError
 from evensong.wire.program import Artifact
@@ -120,24 +121,27 @@ class NativeMachine:
         if status:
             self._check(status)
 
-    def prepare(
-        self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
-    ) -> Callable[[], None]:
+    def prepare(self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]) -> Prepared:
         """See :meth:`.machine.Machine.prepare`."""
         buffers = [(_Buffer * len(arrays))() for arrays in (inputs, outputs)]
         for array, buffer in zip((*inputs, *outputs), (*buffers[0], *buffers[1]), strict=True):
             buffer.data = array.__array_interface__["data"][0]
             buffer.size = array.nbytes
-        options = ctypes.byref(_Options(step=1))
-        run, handle, message = self._run, self._live_handle(), self._message
-        sources, targets, keep = *buffers, (inputs, outputs)
+        options = _Options(step=1)
+        arguments = (
+            *(self._live_handle(), ctypes.c_uint32(program), ctypes.c_uint32(batch)),
+            *(buffers[0], ctypes.c_uint32(len(inputs)), buffers[1], ctypes.c_uint32(len(outputs))),
+            *(ctypes.byref(options), self._message, ctypes.c_size_t(_MESSAGE_BYTES)),
+        )
+        run, check, keep = self._run, self._check, (inputs, outputs)
 
-        def call() -> None:
-            status = run(
-                handle, program, batch, sources, len(keep[0]), targets, len(keep[1]), options, message, _MESSAGE_BYTES
-            )
+        def call(learning_rate: float = 0.0, step: int = 1, seed: int = 0, _alive: object = keep) -> None:
+            options.learning_rate = learning_rate
+            options.step = step
+            options.seed = seed
+            status = run(*arguments)
             if status:
-                self._check(status)
+                check(status)
 
         return call
 

@@ -51,9 +51,10 @@ class Session(Protocol):
     float32 input takes any float or integer type except uint8 (pixels have to be scaled first); an integer input or a
     label takes integers in range. Wrong shapes, dtypes or values raise :class:`ExampleError`.
 
-    A loss or gradient that is not finite raises :class:`DivergedError` and leaves the state as it was before the step.
-    A weight that a finite gradient pushes out of float32's range raises it too: the state is then spoilt, the message
-    says so, and a checkpoint has to be restored.
+    A loss that is not finite raises :class:`DivergedError` and leaves the state as it was before the step. A gradient
+    that overflows although the loss was finite, or a weight that its update pushes out of float32's range, raises it
+    too: by then other weights may have been updated, since each is as soon as nothing needs its old value any more.
+    The message says so, and a checkpoint has to be restored (or the session :meth:`reset`).
     """
 
     @property

@@ -7,7 +7,7 @@ memory planner gives wrong numbers here as it would on a device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
 
@@ -25,6 +25,7 @@ from evensong.mobile_runtime import (  # one module a family of operations
     twin_ops_pool,
 )
 from evensong.mobile_runtime.errors import DivergedError, RuntimeFault
+from evensong.mobile_runtime.machine import Prepared
 from evensong.mobile_runtime.signatures import signature
 from evensong.mobile_runtime.twin_call import Array, Call, Clock, Kernel
 from evensong.mobile_runtime.verify import verify
@@ -88,9 +89,7 @@ class TwinMachine:
                 view[...] = value
             raise
 
-    def prepare(
-        self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
-    ) -> Callable[[], None]:
+    def prepare(self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]) -> Prepared:
         return partial(self.run, program, batch, inputs, outputs)
 
     def freeze(self, variables: Sequence[int]) -> None:
