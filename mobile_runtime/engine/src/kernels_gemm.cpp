@@ -9,10 +9,15 @@ namespace evensong {
 namespace EVENSONG_ISA {
 namespace {
 
-// Adds up one tile: kRows rows times kVectors vectors, for the whole depth, in registers; stores it to out[row] +
-// column.
+// Whether a tile can add itself to what C holds; only the largest can, since the code for it is as large as the tile.
+template <size_t kRows, size_t kVectors>
+constexpr bool kAdds = kRows == kTileRows && kVectors == kPanelVectors;
+
+// Adds up one tile: kRows rows times kVectors vectors, for the whole depth, in registers. Stores it to out[row] +
+// column, or with `scale` adds scale times it to what stands there.
 template <size_t kRows, size_t kVectors, class Left>
-void multiply_tile(Left left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t column) {
+void multiply_tile(Left left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t column,
+                   const float* scale) {
     Floats sums[kRows][kVectors] = {};
     for (size_t k = 0; k < depth; ++k, right += right_stride) {
         Floats b[kVectors];
@@ -24,6 +29,16 @@ void multiply_tile(Left left, const float* right, size_t right_stride, size_t de
             EVENSONG_UNROLL
             for (size_t v = 0; v < kVectors; ++v) sums[i][v] += scalar * b[v];
         }
+    }
+    if (kAdds<kRows, kVectors> && scale) {
+        const Floats factor = splat(*scale);
+        EVENSONG_UNROLL
+        for (size_t i = 0; i < kRows; ++i) {
+            float* row = out[i] + column;
+            EVENSONG_UNROLL
+            for (size_t v = 0; v < kVectors; ++v) store(row + v * kLanes, load(row + v * kLanes) + factor * sums[i][v]);
+        }
+        return;
     }
     EVENSONG_UNROLL
     for (size_t i = 0; i < kRows; ++i) {
@@ -54,7 +69,7 @@ template <class Left>
 struct Tile {
     size_t rows;
     void (*multiply[kPanelVectors])(Left left, const float* right, size_t right_stride, size_t depth, float* const* out,
-                                    size_t column);
+                                    size_t column, const float* scale);
 };
 
 template <class Left, size_t kRows>
@@ -66,13 +81,12 @@ template <class Left>
 constexpr Tile<Left> kTiles[] = {tile_of<Left, kTileRows>(), tile_of<Left, kTileRows / 3 * 2>(),
                                  tile_of<Left, kTileRows / 3>(), tile_of<Left, 2>(), tile_of<Left, 1>()};
 
-// All rows of one panel: out[row][out_column + j] for the panel's columns j < `columns`. A tile that is whole and needs
-// nothing more goes straight to its place, any other through a buffer.
+// All rows of one panel: out[row][out_column + j] for the panel's columns j < `columns`. A tile that is whole and gets
+// neither bias nor activation goes straight to its place, any other through a buffer.
 template <class Left>
 void multiply_rows(Left left, const float* right, size_t right_stride, size_t depth, float* const* out, size_t rows,
                    size_t out_column, size_t columns, Epilogue epilogue) {
-    const bool is_plain = columns >= panel_width(columns) && !epilogue.bias && !epilogue.accumulate &&
-                          epilogue.activation == activation::NONE;
+    const bool is_plain = columns >= panel_width(columns) && !epilogue.bias && epilogue.activation == activation::NONE;
     alignas(64) float buffer[kTileRows * kPanelColumns];
     float* buffer_rows[kTileRows];
     for (size_t i = 0; i < kTileRows; ++i) buffer_rows[i] = buffer + i * kPanelColumns;
@@ -84,9 +98,12 @@ void multiply_rows(Left left, const float* right, size_t right_stride, size_t de
                 for (size_t j = 0; j < kPanelColumns; j += 16) __builtin_prefetch(out[row + i] + out_column + j, 1);
             }
         }
-        float* const* target = is_plain ? out + row : buffer_rows;
-        tile->multiply[columns > kLanes](left.from(row), right, right_stride, depth, target, is_plain ? out_column : 0);
-        if (!is_plain) finish_tile(buffer, tile->rows, out + row, out_column, columns, epilogue);
+        const bool adds = epilogue.accumulate && tile->rows == kTileRows && columns >= kPanelColumns;
+        const bool is_direct = is_plain && (adds || !epilogue.accumulate);
+        tile->multiply[columns > kLanes](left.from(row), right, right_stride, depth,
+                                         is_direct ? out + row : buffer_rows, is_direct ? out_column : 0,
+                                         is_direct && adds ? &epilogue.scale : nullptr);
+        if (!is_direct) finish_tile(buffer, tile->rows, out + row, out_column, columns, epilogue);
     }
 }
 
@@ -108,8 +125,14 @@ void multiply_columns(Left left, const float* right, size_t right_stride, size_t
 
 // ------------------------------------------------------------------------------------------------- dot products
 
-// The products of kRows rows of x with kColumns rows of w, all contiguous: tile[row][column] is a vector of partial
-// sums.
+// The sums over the lanes of four vectors, each as sum_lanes adds them.
+EVENSONG_INLINE Floats4 sums_of_four(Floats a, Floats b, Floats c, Floats d) {
+    const Square lanes = turn(Ints4(fold_to_four<Floats4>(a)), Ints4(fold_to_four<Floats4>(b)),
+                              Ints4(fold_to_four<Floats4>(c)), Ints4(fold_to_four<Floats4>(d)));
+    return (Floats4(lanes.line[0]) + Floats4(lanes.line[2])) + (Floats4(lanes.line[1]) + Floats4(lanes.line[3]));
+}
+
+// The products of kRows rows of x with kColumns rows of w, all contiguous: tile[row][column], up to a multiple of four.
 template <size_t kRows, size_t kColumns>
 __attribute__((noinline)) void dot_tile(const float* x, size_t depth, const float* const* w, float* tile) {
     Floats sums[kRows][kColumns] = {};
@@ -133,10 +156,10 @@ __attribute__((noinline)) void dot_tile(const float* x, size_t depth, const floa
             for (size_t i = 0; i < kRows; ++i) sums[i][j] += load_upto(x + i * depth + k, depth - k) * b;
         }
     }
+    const auto sum = [&](size_t n) { return n < kRows * kColumns ? sums[n / kColumns][n % kColumns] : Floats{}; };
     EVENSONG_UNROLL
-    for (size_t i = 0; i < kRows; ++i) {
-        EVENSONG_UNROLL
-        for (size_t j = 0; j < kColumns; ++j) store(tile + (i * kColumns + j) * kLanes, sums[i][j]);
+    for (size_t n = 0; n < kRows * kColumns; n += 4) {
+        store_as(tile + n, sums_of_four(sum(n), sum(n + 1), sum(n + 2), sum(n + 3)));
     }
 }
 
@@ -144,12 +167,11 @@ template <size_t kRows, size_t kColumns>
 void dot_rows(const float* x, size_t depth, const float* const* w, float* out, size_t out_stride, size_t& row,
               size_t rows, size_t columns) {
     for (; row + kRows <= rows; row += kRows) {
-        alignas(64) float tile[kRows * kColumns * kLanes];
+        float tile[kRows * kColumns + 3];
         dot_tile<kRows, kColumns>(x + row * depth, depth, w, tile);
         for (size_t i = 0; i < kRows; ++i) {
             float* sums = out + (row + i) * out_stride;
-            for (size_t j = 0; j < kColumns && j < columns; ++j)
-                sums[j] = sum_lanes(load(tile + (i * kColumns + j) * kLanes));
+            for (size_t j = 0; j < kColumns && j < columns; ++j) sums[j] = tile[i * kColumns + j];
         }
     }
 }
