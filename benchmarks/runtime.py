@@ -46,7 +46,7 @@ class PooledHarCnn(zoo.HarCnn):
 
 
 #: Model, shape of one example, classes.
-MODELS = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp": (zoo.mlp, (784,), 10),
     "small_cnn": (zoo.small_cnn, (1, 28, 28), 10),
     "fedavg_cnn": (zoo.fedavg_cnn, (1, 28, 28), 10),

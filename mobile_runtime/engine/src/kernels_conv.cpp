@@ -1,30 +1,68 @@
 // CONV2D and its gradients, float32, channels last: matrix products over patches; depthwise kernels stand in
 // depthwise.hpp.
 #include "depthwise.hpp"
+#include "direct.hpp"
 #include "patches.hpp"
 
 namespace evensong {
 namespace EVENSONG_ISA {
 namespace {
 
-EVENSONG_INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+template <class Number>
+EVENSONG_INLINE Number smaller(Number a, Number b) {
+    return a < b ? a : b;
+}
 
 // The workspace of a product: packed weights, then a block of patches. workspace.hpp bounds both.
 struct Blocks {
     float *weights, *patches;
-    size_t weight_columns, patch_rows;
+    size_t weight_columns, patch_rows, patch_elements;
 
     Blocks(char* workspace, size_t depth, size_t columns, size_t pixels)
         : weights(reinterpret_cast<float*>(workspace)),
           weight_columns(size_t(workspace::weight_columns(depth, columns))),
-          patch_rows(size_t(workspace::patch_rows(depth, pixels))) {
+          patch_rows(size_t(workspace::patch_rows(depth, pixels))),
+          patch_elements(size_t(workspace::patch_elements(depth, pixels))) {
         patches = weights + workspace::round_up(depth * weight_columns, 64);
     }
 };
 
+// convolve() below, where patches would be copies though each window could be read in place.
+__attribute__((noinline)) void convolve_directly(Band& band, const Patches& patches, int32_t images,
+                                                 const float* weights, size_t columns, Epilogue epilogue,
+                                                 Target target) {
+    constexpr size_t kMost = kMostRows / kTileRows * kTileRows;
+    const float* windows[kMost];
+    float* out[kMost];
+    for (int32_t image = 0; image < images; image += band.images()) {
+        const int32_t band_images = smaller(images - image, band.images());
+        for (int32_t row = 0; row < patches.h.grid; row += band.rows()) {
+            const int32_t band_rows = smaller(patches.h.grid - row, band.rows());
+            band.fill(image, band_images, row, band_rows);
+            size_t count = 0;
+            for (int32_t line = 0; line < band_images * band_rows; ++line) {
+                const int32_t i = line / band_rows, r = line % band_rows;
+                for (int32_t column = 0; column < patches.w.grid; ++column) {
+                    windows[count] = band.window(i, r, column);
+                    out[count] = target.at(image + i, row + r, column);
+                    if (++count < kMost) continue;
+                    multiply_windows(windows, band.lines(), weights, out, count, columns, epilogue);
+                    count = 0;
+                }
+            }
+            if (count) multiply_windows(windows, band.lines(), weights, out, count, columns, epilogue);
+        }
+    }
+}
+
 // target(pixel) = epilogue(patch(pixel) * weights) for all pixels of a grid and `columns` columns of packed weights.
-__attribute__((noinline)) void convolve(const Patches& patches, size_t pixels, const Blocks& blocks, size_t columns,
+__attribute__((noinline)) void convolve(const Patches& patches, int32_t images, const Blocks& blocks, size_t columns,
                                         Epilogue epilogue, Target target) {
+    if (patches.lines_are_contiguous() && !patches.lies_in_source()) {
+        Band band(patches, images, blocks.patches, blocks.patch_elements);
+        if (band.fits()) return convolve_directly(band, patches, images, blocks.weights, columns, epilogue, target);
+    }
+    const size_t pixels = size_t(images) * size_t(patches.h.grid) * size_t(patches.w.grid);
     for (size_t pixel = 0; pixel < pixels; pixel += blocks.patch_rows) {
         const size_t count = smaller(pixels - pixel, blocks.patch_rows);
         const float* rows[kMostRows];
@@ -60,7 +98,7 @@ Fault convolution(const Call& call) {
                                       blocks.weights + j * depth);
             }
             const Epilogue epilogue = {bias ? bias + channel : nullptr, kind, false};
-            convolve(patches, pixels, blocks, width, epilogue, conv.out_target(y.f32_mut() + channel));
+            convolve(patches, conv.images, blocks, width, epilogue, conv.out_target(y.f32_mut() + channel));
         }
     }
     return Fault::kNone;
@@ -97,7 +135,6 @@ __attribute__((noinline)) void clear_grid(const Axis& h, const Axis& w, int32_t 
 __attribute__((noinline)) void grad_input_phase(const Convolution& conv, const Axis& h, const Axis& w, const float* dy,
                                                 const float* weights, Target target, const Blocks& blocks) {
     const size_t columns = size_t(conv.group_channels), outputs = size_t(conv.group_out_channels());
-    const size_t pixels = size_t(conv.images) * size_t(h.grid) * size_t(w.grid);
     if (h.taps == 0 || w.taps == 0)
         return clear_grid(h, w, conv.images, size_t(conv.channels), target);  // no tap meets them
     for (size_t group = 0; group < size_t(conv.groups); ++group) {
@@ -112,7 +149,7 @@ __attribute__((noinline)) void grad_input_phase(const Convolution& conv, const A
             pack_backward(conv, h, w, weights + group * outputs * conv.depth() + first, width, blocks.weights);
             Target here = target;
             here.base += group * columns + first;
-            convolve(patches, pixels, blocks, width, Epilogue(), here);
+            convolve(patches, conv.images, blocks, width, Epilogue(), here);
         }
     }
 }

@@ -101,6 +101,7 @@ struct Patches {
     const float* end;     // of the source
 
     size_t depth() const { return size_t(h.taps) * size_t(w.taps) * channels; }
+    bool lines_are_contiguous() const { return channels == pixel_stride && (w.taps == 1 || w.delta == 1); }
     bool taps_are_contiguous() const { return w.taps == 1 || (w.delta == 1 && channels == pixel_stride); }
     bool lies_in_source() const { return h.taps == 1 && taps_are_contiguous() && h.is_inside() && w.is_inside(); }
 
@@ -126,6 +127,10 @@ struct Patches {
                 if (++row == h.grid) row = 0, ++image;
             }
         }
+    }
+
+    const float* at(int32_t image, int32_t y, int32_t x) const {
+        return source + ((size_t(image) * size_t(h.source) + size_t(y)) * size_t(w.source) + size_t(x)) * pixel_stride;
     }
 
   private:
@@ -155,10 +160,6 @@ struct Patches {
                 copy_taps(image, y, column * w.step + w.first, out);
             }
         }
-    }
-
-    const float* at(int32_t image, int32_t y, int32_t x) const {
-        return source + ((size_t(image) * size_t(h.source) + size_t(y)) * size_t(w.source) + size_t(x)) * pixel_stride;
     }
 
     // Whole vectors are written: a row of the block has room for one more at its end, and lines are written in order.
