@@ -1,0 +1,87 @@
+// Convolution without copies of patches: every window is read where it lies, in a band of the image that has zeros
+// around it.
+//
+// A patch repeats each source element once for every tap that meets it; the band holds it once. Within a line of the
+// kernel a window's elements are contiguous, so that a product over it is a few runs of broadcast times vector.
+#pragma once
+
+#include "patches.hpp"
+
+namespace evensong {
+namespace EVENSONG_ISA {
+
+// What all windows share: each is `lines` runs of `run` elements, `line_stride` apart.
+struct Lines {
+    size_t lines, run, line_stride;
+};
+
+// out[i][column + j] = epilogue(window i * panels), for `count` windows and the packed weights of `columns` columns.
+// windows[] and out[] have room up to the next multiple of kTileRows.
+void multiply_windows(const float** windows, Lines lines, const float* panels, float** out, size_t count,
+                      size_t columns, Epilogue epilogue);
+
+// A copy of some grid rows' surroundings, for some images at once where all of their rows fit. Only for grids whose
+// taps are contiguous.
+class Band {
+  public:
+    Band(const Patches& patches, int32_t images, float* data, size_t room) : patches_(patches), data_(data) {
+        const Axis &h = patches.h, &w = patches.w;
+        line_ = (size_t(w.grid - 1) * size_t(w.step) + size_t(w.taps)) * patches.channels;
+        const size_t lines = room / line_, reach = size_t(h.taps - 1) * size_t(h.delta) + 1;
+        if (lines < reach) return;
+        const size_t rows = (lines - reach) / size_t(h.step) + 1;
+        rows_ = rows < size_t(h.grid) ? int32_t(rows) : h.grid;
+        const size_t whole = rows_ == h.grid ? lines / source_lines(h.grid) : 1;
+        images_ = whole < size_t(images) ? int32_t(whole) : images;
+    }
+
+    bool fits() const { return rows_ > 0; }
+    int32_t rows() const { return rows_; }      // of the grid, at most
+    int32_t images() const { return images_; }  // at most
+    Lines lines() const {
+        return {size_t(patches_.h.taps), size_t(patches_.w.taps) * patches_.channels, size_t(patches_.h.delta) * line_};
+    }
+
+    // Copies what the grid rows first_row .. first_row + rows of some images meet.
+    __attribute__((noinline)) void fill(int32_t first_image, int32_t images, int32_t first_row, int32_t rows) {
+        const Axis &h = patches_.h, &w = patches_.w;
+        const size_t channels = patches_.channels;
+        const int32_t lines = int32_t(source_lines(rows)), width = int32_t(line_ / channels);
+        const int32_t left = w.first < 0 ? -w.first : 0, from = w.first < 0 ? 0 : w.first;
+        const int32_t inside = smaller(width - left, w.source - from), top = first_row * h.step + h.first;
+        image_stride_ = size_t(lines) * line_;
+        float* out = data_;
+        for (int32_t image = first_image; image < first_image + images; ++image) {
+            for (int32_t y = top; y < top + lines; ++y, out += line_) {
+                if (y < 0 || y >= h.source || inside <= 0) {
+                    __builtin_memset(out, 0, line_ * sizeof(float));
+                    continue;
+                }
+                const size_t begin = size_t(left) * channels, count = size_t(inside) * channels;
+                __builtin_memset(out, 0, begin * sizeof(float));
+                __builtin_memcpy(out + begin, patches_.at(image, y, from), count * sizeof(float));
+                __builtin_memset(out + begin + count, 0, (line_ - begin - count) * sizeof(float));
+            }
+        }
+    }
+
+    // Where the window of a grid position lies; image and row count from the first that the band holds.
+    const float* window(int32_t image, int32_t row, int32_t column) const {
+        return data_ + size_t(image) * image_stride_ + size_t(row) * size_t(patches_.h.step) * line_ +
+               size_t(column) * size_t(patches_.w.step) * patches_.channels;
+    }
+
+  private:
+    const Patches& patches_;
+    float* data_;
+    size_t line_ = 0, image_stride_ = 0;
+    int32_t rows_ = 0, images_ = 0;
+
+    size_t source_lines(int32_t rows) const {
+        return size_t(rows - 1) * size_t(patches_.h.step) + size_t(patches_.h.taps - 1) * size_t(patches_.h.delta) + 1;
+    }
+    static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+};
+
+}  // namespace EVENSONG_ISA
+}  // namespace evensong
