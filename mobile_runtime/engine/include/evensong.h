@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define EVENSONG_ABI_VERSION 1
+#define EVENSONG_ABI_VERSION 2
 
 typedef struct evensong_engine evensong_engine;
 
@@ -34,7 +34,7 @@ typedef enum evensong_status {
     EVENSONG_ARTIFACT = 2,  /* whole, but breaks a rule of the format, or needs another version of the engine */
     EVENSONG_PROGRAM = 3,   /* an operation's operands do not fit it */
     EVENSONG_ARGUMENT = 4,  /* the caller's mistake: wrong program, batch, buffer size or alignment */
-    EVENSONG_EXAMPLE = 5,   /* a label or an embedding id is out of range */
+    EVENSONG_EXAMPLE = 5,   /* a label or an embedding id is out of range, or an input is not finite */
     EVENSONG_DIVERGED = 6,  /* a loss, a gradient or an updated weight is NaN or infinite */
     EVENSONG_MEMORY = 7     /* the system has no memory left */
 } evensong_status;
@@ -88,8 +88,13 @@ typedef struct evensong_buffer {
     size_t size; /* in bytes, exactly evensong_port_bytes */
 } evensong_buffer;
 
+enum {
+    EVENSONG_CHECK_INPUTS = 1 /* refuse float32 inputs that hold NaN or infinity, before anything runs */
+};
+
 typedef struct evensong_options {
     float learning_rate; /* finite and >= 0; only training programs look at it */
+    uint32_t flags;      /* EVENSONG_CHECK_INPUTS or 0 */
     uint64_t step;       /* of the optimiser, from 1 */
     uint64_t seed;       /* drives dropout together with `step` */
 } evensong_options;

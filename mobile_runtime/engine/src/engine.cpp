@@ -188,6 +188,18 @@ evensong_status check_buffers(const Program& program, bool output, uint32_t batc
     return EVENSONG_OK;
 }
 
+// Buffers that passed check_buffers.
+evensong_status check_inputs(const evensong_engine* engine, const Program& program, const evensong_buffer* inputs,
+                             Report* report) {
+    for (uint32_t i = 0; i < program.inputs.size; ++i) {
+        if (program.tensors[program.inputs[i].tensor].dtype != DType::kF32) continue;
+        if (!engine->isa->all_finite(static_cast<const float*>(inputs[i].data), inputs[i].size / sizeof(float))) {
+            return report->fail(EVENSONG_EXAMPLE, "input %u of '%s' holds NaN or infinite values", i, program.name);
+        }
+    }
+    return EVENSONG_OK;
+}
+
 void resize(const Program& program, uint32_t batch, Prepared* prepared) {
     if (prepared->batch == batch) return;
     Operand* live = prepared->operands.data;
@@ -398,11 +410,17 @@ evensong_status evensong_run(evensong_engine* engine, uint32_t program_index, ui
         return report.fail(EVENSONG_ARGUMENT, "'%s' takes 1 to %u examples; got %u", program.name, program.max_batch,
                            batch);
     }
+    if (options->flags & ~uint32_t(EVENSONG_CHECK_INPUTS)) {
+        return report.fail(EVENSONG_ARGUMENT, "unknown flags in the options");
+    }
     if (!isfinite(options->learning_rate) || options->learning_rate < 0 || options->step < 1) {
         return report.fail(EVENSONG_ARGUMENT, "the learning rate must be finite and >= 0, and the step at least 1");
     }
     if (evensong_status status = check_buffers(program, false, batch, inputs, input_count, &report)) return status;
     if (evensong_status status = check_buffers(program, true, batch, outputs, output_count, &report)) return status;
+    if (options->flags & EVENSONG_CHECK_INPUTS) {
+        if (evensong_status status = check_inputs(engine, program, inputs, &report)) return status;
+    }
 
     resize(program, batch, &prepared);
     for (const PortOperand& port : prepared.ports) {

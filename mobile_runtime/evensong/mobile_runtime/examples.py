@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,19 +89,6 @@ def rows_per_example(tensor: Tensor, program: Program) -> int:
 
 def all_finite(array: Array) -> bool:
     """Whether no element of a float32 array is NaN or infinite."""
-    return (array.size <= _SMALL and surely_finite((array,))) or bool(np.isfinite(array).all())
-
-
-def parts_to_check(array: Array) -> list[Array]:
-    """Views of a C-contiguous float32 array, in pieces that :func:`surely_finite` checks on one thread."""
-    flat = array.reshape(-1)
-    return [flat[start : start + _SMALL] for start in range(0, flat.size, _SMALL)]
-
-
-def surely_finite(arrays: Iterable[Array]) -> bool:
-    """Whether all elements are finite, in a microsecond a piece; False also where only their squares overflow."""
-    return all(map(_square_is_finite, arrays))
-
-
-def _square_is_finite(array: Array) -> bool:
-    return math.isfinite(np.vdot(array, array))
+    if array.size <= _SMALL and math.isfinite(np.vdot(array, array)):
+        return True
+    return bool(np.isfinite(array).all())

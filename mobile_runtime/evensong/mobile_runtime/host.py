@@ -25,14 +25,7 @@ from evensong.mobile_runtime.errors import (
     RuntimeFault,
     VariableError,
 )
-from evensong.mobile_runtime.examples import (
-    Array,
-    InputPort,
-    all_finite,
-    parts_to_check,
-    rows_per_example,
-    surely_finite,
-)
+from evensong.mobile_runtime.examples import Array, InputPort, all_finite, rows_per_example
 from evensong.mobile_runtime.machine import Machine
 from evensong.mobile_runtime.session import Evaluation, Inputs, StepResult
 from evensong.wire.program import OPS, Artifact, DType, Program, Variable, VariableFlag
@@ -40,7 +33,6 @@ from evensong.wire.program import OPS, Artifact, DType, Program, Variable, Varia
 _MAX_SEED = (1 << 64) - 1
 _F32 = np.dtype(np.float32)
 _MAX_FLOAT = float(np.finfo(np.float32).max)
-_SMALL = 1 << 16  # bytes of an input that are copied faster than they are described to the engine anew
 
 
 class HostSession:
@@ -68,11 +60,11 @@ class HostSession:
     def predict(self, *inputs: npt.ArrayLike) -> Array:
         ready = self._ready_prediction
         if ready is not None and ready.takes(inputs):
-            ready.run()
+            ready.run(inputs)
             return ready.outputs[0].copy()
         runner = self._runner("predict")
         values, examples = runner.check_inputs(inputs)
-        self._ready_prediction = runner.ready(self._live(), inputs, values, examples)
+        self._ready_prediction = runner.ready(self._live(), values, examples)
         outputs = runner.fresh_outputs(examples)
         for start in range(0, examples, runner.max_batch):
             runner.run_slice(values, outputs, start, min(runner.max_batch, examples - start))
@@ -82,9 +74,10 @@ class HostSession:
         if not 0 <= learning_rate <= _MAX_FLOAT:
             raise ExampleError("the learning rate is wrong", expected="a finite number >= 0", got=learning_rate)
         ready = self._ready_step
-        if ready is not None and ready.takes((*inputs, target) if type(inputs) is tuple else (inputs, target)):
+        given = (*inputs, target) if type(inputs) is tuple else (inputs, target)
+        if ready is not None and ready.takes(given):
             loss, correct = ready.outputs
-            run, examples = ready.run, ready.examples
+            run, examples = partial(ready.run, given), ready.examples
         else:
             runner = self._runner("train")
             given = (*runner.split(inputs), target)
@@ -96,7 +89,7 @@ class HostSession:
                     got=examples,
                     fix="Call train_step once per batch, or compile with a larger batch size.",
                 )
-            self._ready_step = runner.ready(self._live(), given, values, examples)
+            self._ready_step = runner.ready(self._live(), values, examples)
             loss, correct = runner.loss_outputs
             run = partial(runner.run, runner.index, examples, values, runner.loss_outputs)
         loss[0] = math.nan  # until the engine has found a finite one
@@ -282,13 +275,9 @@ class _Runner:
             raise ExampleError("the inputs hold different numbers of examples", got=counts)
         return arrays, next(iter(counts.values()), self.max_batch)
 
-    def ready(
-        self, machine: Machine, given: Sequence[npt.ArrayLike], inputs: Sequence[Array], examples: int
-    ) -> _Ready | None:
-        """The short path for the same shapes again; only for small inputs in one batch that were ``given`` uncast."""
-        if examples > self.max_batch or sum(array.nbytes for array in inputs) > _SMALL:
-            return None
-        if any(not _is_array_of(value, array.dtype) for value, array in zip(given, inputs, strict=True)):
+    def ready(self, machine: Machine, inputs: Sequence[Array], examples: int) -> _Ready | None:
+        """The short path for inputs like these; only where they fit one batch."""
+        if examples > self.max_batch:
             return None
         return _Ready(self.index, machine, inputs, self.fresh_outputs(examples), examples)
 
@@ -306,29 +295,28 @@ class _Runner:
 
 
 class _Ready:
-    """A run made ready: buffers of its own, and the call that runs over them."""
+    """A run made ready for inputs like the ones before: buffers for its outputs, and the call."""
 
-    __slots__ = ("_finite", "_inputs", "examples", "outputs", "run")
+    __slots__ = ("_inputs", "examples", "outputs", "run")
 
     def __init__(
         self, program: int, machine: Machine, inputs: Sequence[Array], outputs: list[Array], examples: int
     ) -> None:
-        buffers = [np.empty_like(array) for array in inputs]
-        self._inputs = [(buffer, buffer.dtype, buffer.shape) for buffer in buffers]
-        self._finite = [part for buffer in buffers if buffer.dtype is _F32 for part in parts_to_check(buffer)]
+        self._inputs = [(array.dtype, array.shape) for array in inputs]
         self.outputs = outputs
         self.examples = examples
-        self.run = machine.prepare(program, examples, buffers, outputs)
+        self.run = machine.prepare(program, examples, inputs, outputs)
 
-    def takes(self, values: tuple[object, ...]) -> bool:
-        """Copies ``values`` into the buffers; False where they have to be looked at with care."""
+    def takes(self, values: tuple[object, ...]) -> TypeGuard[tuple[Array, ...]]:
+        """Whether ``values`` need no cast and no copy, and have the shapes of the ones before."""
         if len(values) != len(self._inputs):
             return False
-        for value, (buffer, dtype, shape) in zip(values, self._inputs, strict=True):
-            if not _is_array_of(value, dtype) or value.shape != shape:
+        for value, (dtype, shape) in zip(values, self._inputs, strict=True):
+            if type(value) is not np.ndarray or value.dtype is not dtype or value.shape != shape:
                 return False
-            np.copyto(buffer, value)
-        return surely_finite(self._finite)
+            if not value.flags.c_contiguous:
+                return False
+        return True
 
 
 def _check_role(program: Program) -> None:
@@ -365,10 +353,6 @@ def _explained(error: DivergedError, loss: float) -> DivergedError:
         "a gradient or an updated weight is not finite; other layers may have been updated already",
         fix="Restore a checkpoint from before the step, or call reset(); then lower the learning rate.",
     )
-
-
-def _is_array_of(value: object, dtype: np.dtype[Any]) -> TypeGuard[Array]:
-    return type(value) is np.ndarray and value.dtype is dtype
 
 
 def _part(array: Array, rows: int, start: int, count: int) -> Array:

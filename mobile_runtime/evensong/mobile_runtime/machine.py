@@ -12,9 +12,14 @@ from evensong.mobile_runtime.session import Array
 
 
 class Prepared(Protocol):
-    """A prepared run; the arguments and errors are those of :meth:`Machine.run`."""
+    """A prepared run; the arguments and errors are those of :meth:`Machine.run`.
 
-    def __call__(self, *, learning_rate: float = 0.0, step: int = 1, seed: int = 0) -> None: ...
+    It also looks at its inputs, sooner than a host could: float32 ones that are not finite raise :class:`ExampleError`.
+    """
+
+    def __call__(
+        self, inputs: Sequence[Array], *, learning_rate: float = 0.0, step: int = 1, seed: int = 0
+    ) -> None: ...
 
 
 class Machine(Protocol):
@@ -59,7 +64,7 @@ class Machine(Protocol):
         ...
 
     def prepare(self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]) -> Prepared:
-        """A call that runs the program over these very arrays again and again, as :meth:`run` would.
+        """A call that runs the program as :meth:`run` would: over inputs like these, into these very outputs.
 
         For runs of microseconds: everything that does not change between calls is done once.
         """

@@ -19,10 +19,11 @@ from evensong.mobile_runtime.session import Array
 from evensong.wire.errors import ArtifactError, CorruptError, EvensongError
 from evensong.wire.program import Artifact
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_VARIABLE = "EVENSONG_ENGINE_LIBRARY"  #: environment variable that names another build of the library
 
 _MESSAGE_BYTES = 512
+_CHECK_INPUTS = 1
 _ERRORS: dict[int, type[EvensongError]] = {
     1: CorruptError,
     2: ArtifactError,
@@ -123,27 +124,28 @@ class NativeMachine:
 
     def prepare(self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]) -> Prepared:
         """See :meth:`.machine.Machine.prepare`."""
-        buffers = [(_Buffer * len(arrays))() for arrays in (inputs, outputs)]
-        for array, buffer in zip((*inputs, *outputs), (*buffers[0], *buffers[1]), strict=True):
-            buffer.data = array.__array_interface__["data"][0]
-            buffer.size = array.nbytes
-        options = _Options(step=1)
+        sources, targets = _described(inputs), _described(outputs)
+        options = _Options(flags=_CHECK_INPUTS, step=1)
         arguments = (
             *(self._live_handle(), ctypes.c_uint32(program), ctypes.c_uint32(batch)),
-            *(buffers[0], ctypes.c_uint32(len(inputs)), buffers[1], ctypes.c_uint32(len(outputs))),
+            *(sources, ctypes.c_uint32(len(inputs)), targets, ctypes.c_uint32(len(outputs))),
             *(ctypes.byref(options), self._message, ctypes.c_size_t(_MESSAGE_BYTES)),
         )
-        run, check, keep = self._run, self._check, (inputs, outputs)
+        function, check = self._run, self._check
+        buffers = list(sources)  # they share its memory
 
-        def call(learning_rate: float = 0.0, step: int = 1, seed: int = 0, _alive: object = keep) -> None:
+        def run(inputs: Sequence[Array], *, learning_rate: float = 0.0, step: int = 1, seed: int = 0) -> None:
+            for buffer, array in zip(buffers, inputs, strict=True):
+                buffer.data = _address(array)
             options.learning_rate = learning_rate
             options.step = step
             options.seed = seed
-            status = run(*arguments)
+            status = function(*arguments)
             if status:
                 check(status)
 
-        return call
+        run.outputs = outputs  # type: ignore[attr-defined]  # alive as long as their addresses
+        return run
 
     def freeze(self, variables: Sequence[int]) -> None:
         """See :meth:`.machine.Machine.freeze`."""
@@ -177,9 +179,10 @@ class NativeMachine:
         """The C array of buffers that describes ``arrays``; kept per program, since building one costs microseconds."""
         buffers = self._buffers.get(key)
         if buffers is None or len(buffers) != len(arrays):
-            buffers = self._buffers[key] = (_Buffer * len(arrays))()
+            buffers = self._buffers[key] = _described(arrays)
+            return buffers
         for buffer, array in zip(buffers, arrays, strict=True):
-            buffer.data = array.__array_interface__["data"][0]
+            buffer.data = _address(array)
             buffer.size = array.nbytes
         return buffers
 
@@ -202,7 +205,26 @@ class _Buffer(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = (("learning_rate", ctypes.c_float), ("step", ctypes.c_uint64), ("seed", ctypes.c_uint64))
+    _fields_ = (
+        ("learning_rate", ctypes.c_float),
+        ("flags", ctypes.c_uint32),
+        ("step", ctypes.c_uint64),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+def _described(arrays: Sequence[Array]) -> Any:
+    """The C array of buffers that describes ``arrays``; they have to outlive its use."""
+    return (_Buffer * len(arrays))(*(_Buffer(_address(array), array.nbytes) for array in arrays))
+
+
+def _address(array: Any) -> int:
+    """Of the first element, in a third of the time that ``__array_interface__`` takes."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):  # read-only, or empty
+        address: int = array.__array_interface__["data"][0]
+        return address
 
 
 def _library() -> ctypes.CDLL:

@@ -8,7 +8,6 @@ memory planner gives wrong numbers here as it would on a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import takewhile
 
 import numpy as np
@@ -24,7 +23,7 @@ from evensong.mobile_runtime import (  # one module a family of operations
     twin_ops_optimizer,
     twin_ops_pool,
 )
-from evensong.mobile_runtime.errors import DivergedError, RuntimeFault
+from evensong.mobile_runtime.errors import DivergedError, ExampleError, RuntimeFault
 from evensong.mobile_runtime.machine import Prepared
 from evensong.mobile_runtime.signatures import signature
 from evensong.mobile_runtime.twin_call import Array, Call, Clock, Kernel
@@ -90,7 +89,12 @@ class TwinMachine:
             raise
 
     def prepare(self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]) -> Prepared:
-        return partial(self.run, program, batch, inputs, outputs)
+        def call(inputs: Sequence[Array], *, learning_rate: float = 0.0, step: int = 1, seed: int = 0) -> None:
+            if not all(np.isfinite(array).all() for array in inputs):
+                raise ExampleError("an input holds NaN or infinite values", expected="finite numbers")
+            self.run(program, batch, inputs, outputs, learning_rate=learning_rate, step=step, seed=seed)
+
+        return call
 
     def freeze(self, variables: Sequence[int]) -> None:
         self._frozen = frozenset(self._artifact.variables[index].offset for index in variables)
