@@ -65,11 +65,12 @@ class Band {
         }
     }
 
-    // Where the window of a grid position lies; image and row count from the first that the band holds.
-    const float* window(int32_t image, int32_t row, int32_t column) const {
-        return data_ + size_t(image) * image_stride_ + size_t(row) * size_t(patches_.h.step) * line_ +
-               size_t(column) * size_t(patches_.w.step) * patches_.channels;
+    // Where the window of a row's first grid position lies, counted from the first image and row that the band holds,
+    // and elements from there to the next position's.
+    const float* window(int32_t image, int32_t row) const {
+        return data_ + size_t(image) * image_stride_ + size_t(row) * size_t(patches_.h.step) * line_;
     }
+    size_t step() const { return size_t(patches_.w.step) * patches_.channels; }
 
   private:
     const Patches& patches_;

@@ -42,9 +42,13 @@ __attribute__((noinline)) void convolve_directly(Band& band, const Patches& patc
             size_t count = 0;
             for (int32_t line = 0; line < band_images * band_rows; ++line) {
                 const int32_t i = line / band_rows, r = line % band_rows;
+                const float* window = band.window(i, r);
+                float* place = target.at(image + i, row + r, 0);
                 for (int32_t column = 0; column < patches.w.grid; ++column) {
-                    windows[count] = band.window(i, r, column);
-                    out[count] = target.at(image + i, row + r, column);
+                    windows[count] = window;
+                    out[count] = place;
+                    window += band.step();
+                    place += target.column_stride;
                     if (++count < kMost) continue;
                     multiply_windows(windows, band.lines(), weights, out, count, columns, epilogue);
                     count = 0;
