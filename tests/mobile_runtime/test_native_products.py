@@ -137,6 +137,10 @@ def shapes(draw: st.DrawFn) -> Shape:
 @example(Shape(2, (6, 6), (1, 1), (3, 3), (0, 0), (1, 1), 1, 33, 35), False, Activation.NONE, 0, 0)
 @example(Shape(1, (9, 9), (3, 3), (2, 2), (1, 1), (1, 1), 48, 1, 1), True, Activation.RELU6, 0, 0)
 @example(Shape(1, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1, 300, 4), False, Activation.NONE, 0, 0)
+# Images too large for one band of the workspace, and lines too wide for any.
+@example(Shape(1, (30, 20), (3, 3), (1, 1), (1, 1), (1, 1), 1, 64, 48), True, Activation.RELU, 0, 0)
+@example(Shape(2, (33, 40), (3, 3), (2, 1), (2, 1), (2, 1), 1, 40, 20), True, Activation.RELU6, 1, 0)
+@example(Shape(1, (3, 200), (3, 3), (1, 1), (1, 1), (1, 1), 1, 64, 70), False, Activation.NONE, 0, 0)
 def test_convolution(shape: Shape, bias: bool, activation: Activation, spare: int, seed: int) -> None:
     s = shape
     inputs, outputs = s.groups * s.group_inputs, s.groups * s.group_outputs
