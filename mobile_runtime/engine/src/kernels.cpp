@@ -38,6 +38,7 @@ bool all_finite(const float* values, size_t count) {
     Floats sums[4] = {};
     size_t i = 0;
     for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        EVENSONG_UNROLL
         for (size_t j = 0; j < 4; ++j) sums[j] += load(values + i + j * kLanes) * 0.0f;
     }
     for (; i < count; i += kLanes) sums[0] += load_upto(values + i, count - i) * 0.0f;

@@ -93,15 +93,19 @@ Fault linear_grad_weight(const Call& call) {
     return Fault::kNone;
 }
 
-// The largest magnitude; NaN if any element is NaN or infinite.
+// The largest magnitude; infinite or NaN if any element is: as integers, magnitudes stand in the order finite,
+// infinity, NaN.
 float largest(const Operand& x) {
-    Floats most = {}, poison = {};
+    Ints most = {};
     for (size_t i = 0; i < x.elements; i += kLanes) {
-        const Floats v = absolute(load_upto(x.f32() + i, x.elements - i));
-        most = maximum(v, most);
-        poison += v * 0.0f;
+        const Ints v = Ints(absolute(load_upto(x.f32() + i, x.elements - i)));
+        most = v > most ? v : most;
     }
-    return max_lanes(most) + sum_lanes(poison);
+    int32_t best = 0;
+    for (size_t lane = 0; lane < kLanes; ++lane) best = most[lane] > best ? most[lane] : best;
+    float magnitude;
+    __builtin_memcpy(&magnitude, &best, sizeof magnitude);
+    return magnitude;
 }
 
 // See kernel.hpp. |dw| is at most M max|dy| max|x|: if that is far inside the range of float32, all of it is finite.
