@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Self, TypeGuard
 
@@ -64,7 +63,8 @@ class HostSession:
             return ready.outputs[0].copy()
         runner = self._runner("predict")
         values, examples = runner.check_inputs(inputs)
-        self._ready_prediction = runner.ready(self._live(), values, examples)
+        if examples <= runner.max_batch:
+            self._ready_prediction = runner.ready(self._live(), values, examples)
         outputs = runner.fresh_outputs(examples)
         for start in range(0, examples, runner.max_batch):
             runner.run_slice(values, outputs, start, min(runner.max_batch, examples - start))
@@ -74,31 +74,17 @@ class HostSession:
         if not 0 <= learning_rate <= _MAX_FLOAT:
             raise ExampleError("the learning rate is wrong", expected="a finite number >= 0", got=learning_rate)
         ready = self._ready_step
-        given = (*inputs, target) if type(inputs) is tuple else (inputs, target)
-        if ready is not None and ready.takes(given):
-            loss, correct = ready.outputs
-            run, examples = partial(ready.run, given), ready.examples
-        else:
-            runner = self._runner("train")
-            given = (*runner.split(inputs), target)
-            values, examples = runner.check_inputs(given)
-            if examples > runner.max_batch:
-                raise ExampleError(
-                    "too many examples for one training step",
-                    expected=f"at most {runner.max_batch}",
-                    got=examples,
-                    fix="Call train_step once per batch, or compile with a larger batch size.",
-                )
-            self._ready_step = runner.ready(self._live(), values, examples)
-            loss, correct = runner.loss_outputs
-            run = partial(runner.run, runner.index, examples, values, runner.loss_outputs)
+        values: tuple[Any, ...] = (*inputs, target) if type(inputs) is tuple else (inputs, target)
+        if ready is None or not ready.takes(values):
+            ready, values = self._prepared_step(inputs, target)
+        loss, correct = ready.outputs
         loss[0] = math.nan  # until the engine has found a finite one
         try:
-            run(learning_rate=learning_rate, step=self._step + 1, seed=self._seed)
+            ready.run(values, learning_rate=learning_rate, step=self._step + 1, seed=self._seed)
         except DivergedError as error:
             raise _explained(error, float(loss[0])) from None
         self._step += 1
-        return StepResult(loss.item(), correct.item(), examples)
+        return StepResult(loss.item(), correct.item(), ready.examples)
 
     def evaluate(self, inputs: Inputs, target: npt.ArrayLike) -> Evaluation:
         runner = self._runner("evaluate")
@@ -203,6 +189,21 @@ class HostSession:
             raise RuntimeFault("the session is closed", fix="Load the artifact again.")
         return self._machine
 
+    def _prepared_step(self, inputs: Inputs, target: npt.ArrayLike) -> tuple[_Ready, tuple[Array, ...]]:
+        """The checked and cast examples of a training step, and the run that takes them."""
+        runner = self._runner("train")
+        values, examples = runner.check_inputs((*runner.split(inputs), target))
+        if examples > runner.max_batch:
+            raise ExampleError(
+                "too many examples for one training step",
+                expected=f"at most {runner.max_batch}",
+                got=examples,
+                fix="Call train_step once per batch, or compile with a larger batch size.",
+            )
+        if self._ready_step is None or not self._ready_step.takes(tuple(values)):
+            self._ready_step = runner.ready(self._live(), values, examples)
+        return self._ready_step, tuple(values)
+
     def _runner(self, name: str) -> _Runner:
         self._live()
         runner = self._programs.get(name)
@@ -250,7 +251,7 @@ class _Runner:
         self._ports = [InputPort.of(program, position) for position in range(len(program.inputs))]
         outputs = [program.tensors[port.tensor] for port in program.outputs]
         self._outputs = [(rows_per_example(t, program), t.dims, np.dtype(t.dtype.numpy)) for t in outputs]
-        #: Reused by every training step and evaluation: loss [1] float32 and correct [1] int32.
+        #: Reused by every evaluation: loss [1] float32 and correct [1] int32.
         self.loss_outputs = [np.zeros(t.dims, t.dtype.numpy) for t in outputs] if program.name != "predict" else []
 
     def split(self, inputs: Inputs) -> Sequence[Any]:
@@ -275,10 +276,8 @@ class _Runner:
             raise ExampleError("the inputs hold different numbers of examples", got=counts)
         return arrays, next(iter(counts.values()), self.max_batch)
 
-    def ready(self, machine: Machine, inputs: Sequence[Array], examples: int) -> _Ready | None:
-        """The short path for inputs like these; only where they fit one batch."""
-        if examples > self.max_batch:
-            return None
+    def ready(self, machine: Machine, inputs: Sequence[Array], examples: int) -> _Ready:
+        """The short path for inputs like these, which fit one batch."""
         return _Ready(self.index, machine, inputs, self.fresh_outputs(examples), examples)
 
     def fresh_outputs(self, examples: int) -> list[Array]:
