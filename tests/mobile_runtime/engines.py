@@ -13,7 +13,7 @@ from evensong.mobile_runtime.twin import TwinMachine
 from evensong.wire.artifact import decode_artifact
 
 needs_native = pytest.mark.skipif(
-    not native.available(), reason="no compiled engine: run python -m evensong.mobile_runtime.build_engine"
+    not native.available(), reason="no compiled engine: run python mobile_runtime/engine/build.py"
 )
 
 ENGINES = ["twin", pytest.param("native", marks=needs_native)]

@@ -25,7 +25,7 @@ ENGINE_VARIABLE = "EVENSONG_ENGINE"  #: environment variable that decides where 
 _ENGINES = ("auto", "native", "twin")
 _HOW_TO_GET_IT = (
     "Install a C++17 compiler and run: pip install --force-reinstall --no-deps evensong "
-    "(from a source tree: python -m evensong.mobile_runtime.build_engine)."
+    "(from a source tree: python mobile_runtime/engine/build.py)."
 )
 
 

@@ -240,7 +240,7 @@ def _load(path: Path) -> ctypes.CDLL:
             "the engine's library is another version",
             expected=f"C face {ABI_VERSION}",
             got=version,
-            fix="Install evensong again, or in a source tree run python -m evensong.mobile_runtime.build_engine.",
+            fix="Install evensong again, or in a source tree run python mobile_runtime/engine/build.py.",
         )
     pointer, size, u32, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_char_p
     message = [text, size]

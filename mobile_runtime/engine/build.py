@@ -1,7 +1,7 @@
-"""Builds the engine into the package folder of a source tree: ``python -m evensong.mobile_runtime.build_engine``.
+"""Builds the engine into the package folder of a source tree: ``python mobile_runtime/engine/build.py``.
 
 ``pip install`` builds it with CMake. This needs nothing but a C++ compiler (``CXX``, or the first of g++ and clang++),
-and rebuilds only what changed. Both read ``engine/build.txt``.
+and rebuilds only what changed. Both read ``build.txt``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ENGINE = Path(__file__).parents[2] / "engine"
-LIBRARY = Path(__file__).parent / "libevensong.so"
-OBJECTS = Path(__file__).parents[3] / "build" / "engine"
+ENGINE = Path(__file__).parent
+LIBRARY = ENGINE.parent / "evensong" / "mobile_runtime" / "libevensong.so"
+OBJECTS = ENGINE.parents[1] / "build" / "engine"
 
 
 def main() -> None:
@@ -38,11 +38,8 @@ def main() -> None:
 def build_engine(output: Path = LIBRARY, *, extra_flags: Sequence[str] = ()) -> Path:
     """Compiles and links the engine; returns the library's path.
 
-    Raises :class:`FileNotFoundError` without a source tree or a compiler, :class:`subprocess.CalledProcessError` where
-    compiling fails.
+    Raises :class:`FileNotFoundError` without a compiler, :class:`subprocess.CalledProcessError` where compiling fails.
     """
-    if not ENGINE.is_dir():
-        raise FileNotFoundError(f"there is no source tree at {ENGINE}: an installed evensong brings its engine along")
     compiler = _compiler()
     flags, instruction_sets = read_build_file()
     host = [*flags["common"], *flags["host"], f"-DEVENSONG_BASELINE={instruction_sets[-1]}"]
