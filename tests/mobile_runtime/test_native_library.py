@@ -67,6 +67,14 @@ def test_the_library_exports_only_its_c_face_and_needs_only_the_c_library() -> N
     assert needed <= _C_LIBRARY, needed - _C_LIBRARY
 
 
+@pytest.mark.parametrize("perm", [(1,), (32,), (128,), (0, 0), (0, 33)])
+def test_a_permutation_that_is_none_is_refused(perm: tuple[int, ...]) -> None:
+    variable = Variable("w", DType.F32, (4, 2)[: len(perm)], perm, 0, VariableFlag.TRAINABLE)
+    data = encode_artifact(replace(_copy(), variables=(variable,), state=bytes(32)))
+    with pytest.raises(EvensongError, match="bad permutation"):
+        NativeMachine(None, data)
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(RuntimeFault, match="instruction set 'mmx'"):
         NativeMachine(None, encode_artifact(_copy()), instruction_set="mmx")

@@ -160,8 +160,9 @@ class CoordinatorServer:
         await self._server.start()
         for service in ("", DEVICE_SERVICE_NAME, OPERATOR_SERVICE_NAME):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        address_file = settings.data_dir / "address"
-        address_file.write_text(self.address + "\n")
+        fresh = settings.data_dir / ".address"
+        fresh.write_text(self.address + "\n")
+        fresh.replace(settings.data_dir / "address")  # whoever waits for the file finds it whole
 
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Drains: no new leases, held check-ins are answered, running calls finish (within the grace), then all

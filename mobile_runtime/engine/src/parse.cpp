@@ -220,7 +220,10 @@ evensong_status read_variables(Cursor cursor, Model* model, Report* report) {
         uint32_t dims[kMaxRank];
         for (uint32_t axis = 0; axis < rank; ++axis) dims[axis] = cursor.u32();
         uint32_t seen = 0;
-        for (uint32_t axis = 0; axis < rank; ++axis) seen |= 1u << (cursor.u8() & 31);
+        for (uint32_t i = 0; i < rank; ++i) {
+            const uint32_t axis = cursor.u8();
+            if (axis < rank) seen |= 1u << axis;
+        }
         if (seen != (1u << rank) - 1)
             return report->fail(EVENSONG_ARTIFACT, "variable '%s' has a bad permutation", name);
         variable.offset = cursor.u64();
