@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import numpy as np
-from tiny_device import World, settle
+import pytest
+from tiny_device import World, make_bundle, settle
 
 from evensong.coordinator.errors import StorageError
+from evensong.coordinator.plan import parse_plan
+from evensong.coordinator.sums import Sums
 from evensong.v1 import common_pb2
+from evensong.wire.errors import UpdateError
 from evensong.wire.tensors import decode_tensors
 
 
@@ -44,5 +49,25 @@ def test_an_update_whose_journal_row_could_not_be_committed_counts_once_when_it_
             one, two = (world.codec.decode(data, world.layout) for data in (update, other))
             for name, values in decode_tensors(committed, world.layout).items():
                 np.testing.assert_allclose(values, (8 * one[name] + 3 * two[name]) / 11, rtol=1e-5, atol=1e-7)
+
+    asyncio.run(run())
+
+
+def test_a_sum_forgets_an_update_that_had_its_number_but_was_not_journalled(tmp_path: Path) -> None:
+    """SQLite gives the number of a rolled-back row again, other databases do not: the sum must not rely on it."""
+
+    async def run() -> None:
+        async with World(tmp_path / "data") as world:
+            await world.submit(goal=2)
+            (device,) = await world.enrol(1)
+            context, sums = world.core.context, Sums(world.core.context)
+            plan = parse_plan(make_bundle(world.artifact, world.layout, goal=2).SerializeToString())
+            file = context.spool.upload("upload")
+            file.append(device.make_update(world.layout, world.codec))
+            with contextlib.suppress(StorageError), sums.adding(1, plan, file, 8.0) as running:
+                running.entry = 7
+                raise StorageError("the database could not be written")
+            with pytest.raises(UpdateError, match="no mean of no updates"):
+                sums.complete(1, plan)
 
     asyncio.run(run())
