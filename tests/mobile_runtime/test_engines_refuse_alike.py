@@ -164,7 +164,9 @@ def _mutated_tensor(draw: Any, tensor: Tensor) -> Tensor:
     kind = draw(st.sampled_from(["dims", "dims", "dtype", "region", "offset", "batched", "quantisation", "rank"]))
     if kind == "dims" and tensor.dims:
         axis = draw(st.integers(0, len(tensor.dims) - 1))
-        size = draw(st.sampled_from([1, 2, tensor.dims[axis] * 2, max(1, tensor.dims[axis] - 1), 2**16, 2**31]))
+        size = draw(
+            st.sampled_from([1, 2, min(tensor.dims[axis] * 2, 2**32 - 1), max(1, tensor.dims[axis] - 1), 2**16, 2**31])
+        )
         return replace(tensor, dims=(*tensor.dims[:axis], size, *tensor.dims[axis + 1 :]))
     if kind == "rank":
         dims = draw(st.sampled_from([(), tensor.dims[1:], (1, *tensor.dims), (*tensor.dims, 1), tensor.dims[::-1]]))

@@ -16,7 +16,7 @@ from evensong.wire.tensors import FloatArray
 def min_max_grid(
     least: npt.NDArray[np.float64], most: npt.NDArray[np.float64], bits: int
 ) -> tuple[FloatArray, FloatArray]:
-    """``lower`` and ``step`` of the finest grid whose first point is ``least`` and whose last is not below ``most``."""
+    """``lower`` and ``step`` of the finest grid from ``least`` to ``most``, its step a float64 quotient rounded up."""
     step = _round_up((most - least) / ((1 << bits) - 1), 24 - bits)
     return least.astype(np.float32), step
 
