@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 from evensong.client.errors import StateError, StorageFullError
 
 MEMORY = ":memory:"
+_BUSY_S = 30.0
 
 
 class Database:
@@ -28,9 +30,9 @@ class Database:
         self._depth = 0
         with self._typed_errors():
             self.connection = sqlite3.connect(
-                path or MEMORY, isolation_level=None, check_same_thread=False, timeout=30.0
+                path or MEMORY, isolation_level=None, check_same_thread=False, timeout=_BUSY_S
             )
-            self.connection.execute("PRAGMA journal_mode = WAL")
+            self._write_ahead()
             self.connection.execute("PRAGMA synchronous = FULL")
             self.connection.execute("PRAGMA secure_delete = ON")  # what the user deletes is gone from the file too
             self._migrate(migrations)
@@ -62,6 +64,18 @@ class Database:
     def close(self) -> None:
         with self._lock:
             self.connection.close()
+
+    def _write_ahead(self) -> None:
+        """SQLite waits for no one when it changes a file's journal mode, not even for who does the same: so we do."""
+        patience = time.monotonic() + _BUSY_S
+        while True:
+            try:
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > patience:
+                    raise
+            time.sleep(0.01)
 
     def _migrate(self, migrations: Sequence[str]) -> None:
         version: int = self.connection.execute("PRAGMA user_version").fetchone()[0]
