@@ -23,56 +23,57 @@ _sym_db = _symbol_database.Default()
 
 
 from evensong.v1 import common_pb2 as evensong_dot_v1_dot_common__pb2
+from evensong.v1 import secagg_pb2 as evensong_dot_v1_dot_secagg__pb2
 from evensong.v1 import task_pb2 as evensong_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65vensong/v1/device.proto\x12\x0b\x65vensong.v1\x1a\x18\x65vensong/v1/common.proto\x1a\x16\x65vensong/v1/task.proto\"Y\n\x0c\x45nrolRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\r\n\x05token\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\x12\x12\n\npopulation\x18\x04 \x01(\t\"\x8d\x01\n\rEnrolResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x11\n\tdevice_id\x18\x03 \x01(\t\x12\x19\n\x11signer_public_key\x18\x04 \x01(\x0c\"\xb0\x01\n\x0e\x43heckInRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x12\n\npopulation\x18\x02 \x01(\t\x12\x17\n\x0fruntime_version\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x19\n\x11training_examples\x18\x05 \x01(\x04\x12\x1b\n\x13\x65valuation_examples\x18\x06 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x07 \x01(\x04\"\xb5\x01\n\x0f\x43heckInResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12+\n\nassignment\x18\x03 \x01(\x0b\x32\x17.evensong.v1.Assignment\x12%\n\x07serving\x18\x04 \x03(\x0b\x32\x14.evensong.v1.Serving\"m\n\x07Serving\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\'\n\x06\x62undle\x18\x02 \x01(\x0b\x32\x17.evensong.v1.SignedBlob\x12(\n\x07version\x18\x03 \x01(\x0b\x32\x17.evensong.v1.SignedBlob\"\xc3\x01\n\nAssignment\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.evensong.v1.Lease\x12\x1f\n\x04work\x18\x02 \x01(\x0e\x32\x11.evensong.v1.Work\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\x04\x12\'\n\x06\x62undle\x18\x05 \x01(\x0b\x32\x17.evensong.v1.SignedBlob\x12(\n\x07version\x18\x06 \x01(\x0b\x32\x17.evensong.v1.SignedBlob\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x9e\x01\n\x10\x44ownloadResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12%\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.evensong.v1.BlobChunk\"q\n\x12\x42\x65ginUploadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.evensong.v1.Lease\x12$\n\x06update\x18\x03 \x01(\x0b\x32\x14.evensong.v1.BlobRef\"\xa5\x01\n\x13\x42\x65ginUploadResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x11\n\tupload_id\x18\x03 \x01(\t\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x05 \x01(\x04\"q\n\x12UploadChunkRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.evensong.v1.Lease\x12%\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x16.evensong.v1.BlobChunk\"}\n\x13UploadChunkResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\"\x96\x01\n\x13\x43ommitUploadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x11\n\tupload_id\x18\x02 \x01(\t\x12!\n\x05lease\x18\x03 \x01(\x0b\x32\x12.evensong.v1.Lease\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12%\n\x07metrics\x18\x05 \x01(\x0b\x32\x14.evensong.v1.Metrics\"f\n\x14\x43ommitUploadResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\"m\n\rReportRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.evensong.v1.Lease\x12%\n\x07metrics\x18\x03 \x01(\x0b\x32\x14.evensong.v1.Metrics\"`\n\x0eReportResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\"\x80\x01\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.evensong.v1.Lease\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.evensong.v1.AbortReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"_\n\rAbortResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow*?\n\x04Work\x12\x14\n\x10WORK_UNSPECIFIED\x10\x00\x12\x0e\n\nWORK_TRAIN\x10\x01\x12\x11\n\rWORK_EVALUATE\x10\x02*\xb2\x01\n\x0b\x41\x62ortReason\x12\x1c\n\x18\x41\x42ORT_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x41\x42ORT_REASON_CONDITIONS\x10\x01\x12\x19\n\x15\x41\x42ORT_REASON_DIVERGED\x10\x02\x12\x1a\n\x16\x41\x42ORT_REASON_UNTRUSTED\x10\x03\x12\x16\n\x12\x41\x42ORT_REASON_UNFIT\x10\x04\x12\x19\n\x15\x41\x42ORT_REASON_INTERNAL\x10\x05\x32\xdc\x04\n\rDeviceService\x12>\n\x05\x45nrol\x12\x19.evensong.v1.EnrolRequest\x1a\x1a.evensong.v1.EnrolResponse\x12\x44\n\x07\x43heckIn\x12\x1b.evensong.v1.CheckInRequest\x1a\x1c.evensong.v1.CheckInResponse\x12I\n\x08\x44ownload\x12\x1c.evensong.v1.DownloadRequest\x1a\x1d.evensong.v1.DownloadResponse0\x01\x12P\n\x0b\x42\x65ginUpload\x12\x1f.evensong.v1.BeginUploadRequest\x1a .evensong.v1.BeginUploadResponse\x12P\n\x0bUploadChunk\x12\x1f.evensong.v1.UploadChunkRequest\x1a .evensong.v1.UploadChunkResponse\x12S\n\x0c\x43ommitUpload\x12 .evensong.v1.CommitUploadRequest\x1a!.evensong.v1.CommitUploadResponse\x12\x41\n\x06Report\x12\x1a.evensong.v1.ReportRequest\x1a\x1b.evensong.v1.ReportResponse\x12>\n\x05\x41\x62ort\x12\x19.evensong.v1.AbortRequest\x1a\x1a.evensong.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65vensong/v1/device.proto\x12\x0b\x65vensong.v1\x1a\x18\x65vensong/v1/common.proto\x1a\x18\x65vensong/v1/secagg.proto\x1a\x16\x65vensong/v1/task.proto\"n\n\x0c\x45nrolRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\r\n\x05token\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\x12\x12\n\npopulation\x18\x04 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\"\xc0\x01\n\rEnrolResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x11\n\tdevice_id\x18\x03 \x01(\t\x12\x19\n\x11signer_public_key\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\x12\x1c\n\x14\x61uthority_public_key\x18\x06 \x01(\x0c\"\xd5\x01\n\x0e\x43heckInRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x12\n\npopulation\x18\x02 \x01(\t\x12\x17\n\x0fruntime_version\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x19\n\x11training_examples\x18\x05 \x01(\x04\x12\x1b\n\x13\x65valuation_examples\x18\x06 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x07 \x01(\x04\x12#\n\x1b\x63\x65rtificate_expires_unix_ms\x18\x08 \x01(\x04\"\xca\x01\n\x0f\x43heckInResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12+\n\nassignment\x18\x03 \x01(\x0b\x32\x17.evensong.v1.Assignment\x12%\n\x07serving\x18\x04 \x03(\x0b\x32\x14.evensong.v1.Serving\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\"m\n\x07Serving\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\'\n\x06\x62undle\x18\x02 \x01(\x0b\x32\x17.evensong.v1.SignedBlob\x12(\n\x07version\x18\x03 \x01(\x0b\x32\x17.evensong.v1.SignedBlob\"\xc3\x01\n\nAssignment\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.evensong.v1.Lease\x12\x1f\n\x04work\x18\x02 \x01(\x0e\x32\x11.evensong.v1.Work\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\x04\x12\'\n\x06\x62undle\x18\x05 \x01(\x0b\x32\x17.evensong.v1.SignedBlob\x12(\n\x07version\x18\x06 \x01(\x0b\x32\x17.evensong.v1.SignedBlob\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x9e\x01\n\x10\x44ownloadResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12%\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.evensong.v1.BlobChunk\"q\n\x12\x42\x65ginUploadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.evensong.v1.Lease\x12$\n\x06update\x18\x03 \x01(\x0b\x32\x14.evensong.v1.BlobRef\"\xa5\x01\n\x13\x42\x65ginUploadResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x11\n\tupload_id\x18\x03 \x01(\t\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x05 \x01(\x04\"q\n\x12UploadChunkRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.evensong.v1.Lease\x12%\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x16.evensong.v1.BlobChunk\"}\n\x13UploadChunkResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\"\xdb\x01\n\x13\x43ommitUploadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x11\n\tupload_id\x18\x02 \x01(\t\x12!\n\x05lease\x18\x03 \x01(\x0b\x32\x12.evensong.v1.Lease\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12%\n\x07metrics\x18\x05 \x01(\x0b\x32\x14.evensong.v1.Metrics\x12)\n\x06masked\x18\x06 \x01(\x0b\x32\x19.evensong.v1.SecureMasked\x12\x18\n\x10within_clip_norm\x18\x07 \x01(\x08\"f\n\x14\x43ommitUploadResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\"m\n\rReportRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.evensong.v1.Lease\x12%\n\x07metrics\x18\x03 \x01(\x0b\x32\x14.evensong.v1.Metrics\"`\n\x0eReportResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\"\x80\x01\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.evensong.v1.Lease\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.evensong.v1.AbortReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"_\n\rAbortResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow*?\n\x04Work\x12\x14\n\x10WORK_UNSPECIFIED\x10\x00\x12\x0e\n\nWORK_TRAIN\x10\x01\x12\x11\n\rWORK_EVALUATE\x10\x02*\xb2\x01\n\x0b\x41\x62ortReason\x12\x1c\n\x18\x41\x42ORT_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x41\x42ORT_REASON_CONDITIONS\x10\x01\x12\x19\n\x15\x41\x42ORT_REASON_DIVERGED\x10\x02\x12\x1a\n\x16\x41\x42ORT_REASON_UNTRUSTED\x10\x03\x12\x16\n\x12\x41\x42ORT_REASON_UNFIT\x10\x04\x12\x19\n\x15\x41\x42ORT_REASON_INTERNAL\x10\x05\x32\x9f\x05\n\rDeviceService\x12>\n\x05\x45nrol\x12\x19.evensong.v1.EnrolRequest\x1a\x1a.evensong.v1.EnrolResponse\x12\x44\n\x07\x43heckIn\x12\x1b.evensong.v1.CheckInRequest\x1a\x1c.evensong.v1.CheckInResponse\x12I\n\x08\x44ownload\x12\x1c.evensong.v1.DownloadRequest\x1a\x1d.evensong.v1.DownloadResponse0\x01\x12P\n\x0b\x42\x65ginUpload\x12\x1f.evensong.v1.BeginUploadRequest\x1a .evensong.v1.BeginUploadResponse\x12P\n\x0bUploadChunk\x12\x1f.evensong.v1.UploadChunkRequest\x1a .evensong.v1.UploadChunkResponse\x12S\n\x0c\x43ommitUpload\x12 .evensong.v1.CommitUploadRequest\x1a!.evensong.v1.CommitUploadResponse\x12\x41\n\x06Secure\x12\x1a.evensong.v1.SecureRequest\x1a\x1b.evensong.v1.SecureResponse\x12\x41\n\x06Report\x12\x1a.evensong.v1.ReportRequest\x1a\x1b.evensong.v1.ReportResponse\x12>\n\x05\x41\x62ort\x12\x19.evensong.v1.AbortRequest\x1a\x1a.evensong.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'evensong.v1.device_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORK']._serialized_start=2429
-  _globals['_WORK']._serialized_end=2492
-  _globals['_ABORTREASON']._serialized_start=2495
-  _globals['_ABORTREASON']._serialized_end=2673
-  _globals['_ENROLREQUEST']._serialized_start=91
-  _globals['_ENROLREQUEST']._serialized_end=180
-  _globals['_ENROLRESPONSE']._serialized_start=183
-  _globals['_ENROLRESPONSE']._serialized_end=324
-  _globals['_CHECKINREQUEST']._serialized_start=327
-  _globals['_CHECKINREQUEST']._serialized_end=503
-  _globals['_CHECKINRESPONSE']._serialized_start=506
-  _globals['_CHECKINRESPONSE']._serialized_end=687
-  _globals['_SERVING']._serialized_start=689
-  _globals['_SERVING']._serialized_end=798
-  _globals['_ASSIGNMENT']._serialized_start=801
-  _globals['_ASSIGNMENT']._serialized_end=996
-  _globals['_DOWNLOADREQUEST']._serialized_start=998
-  _globals['_DOWNLOADREQUEST']._serialized_end=1047
-  _globals['_DOWNLOADRESPONSE']._serialized_start=1050
-  _globals['_DOWNLOADRESPONSE']._serialized_end=1208
-  _globals['_BEGINUPLOADREQUEST']._serialized_start=1210
-  _globals['_BEGINUPLOADREQUEST']._serialized_end=1323
-  _globals['_BEGINUPLOADRESPONSE']._serialized_start=1326
-  _globals['_BEGINUPLOADRESPONSE']._serialized_end=1491
-  _globals['_UPLOADCHUNKREQUEST']._serialized_start=1493
-  _globals['_UPLOADCHUNKREQUEST']._serialized_end=1606
-  _globals['_UPLOADCHUNKRESPONSE']._serialized_start=1608
-  _globals['_UPLOADCHUNKRESPONSE']._serialized_end=1733
-  _globals['_COMMITUPLOADREQUEST']._serialized_start=1736
-  _globals['_COMMITUPLOADREQUEST']._serialized_end=1886
-  _globals['_COMMITUPLOADRESPONSE']._serialized_start=1888
-  _globals['_COMMITUPLOADRESPONSE']._serialized_end=1990
-  _globals['_REPORTREQUEST']._serialized_start=1992
-  _globals['_REPORTREQUEST']._serialized_end=2101
-  _globals['_REPORTRESPONSE']._serialized_start=2103
-  _globals['_REPORTRESPONSE']._serialized_end=2199
-  _globals['_ABORTREQUEST']._serialized_start=2202
-  _globals['_ABORTREQUEST']._serialized_end=2330
-  _globals['_ABORTRESPONSE']._serialized_start=2332
-  _globals['_ABORTRESPONSE']._serialized_end=2427
-  _globals['_DEVICESERVICE']._serialized_start=2676
-  _globals['_DEVICESERVICE']._serialized_end=3280
+  _globals['_WORK']._serialized_start=2654
+  _globals['_WORK']._serialized_end=2717
+  _globals['_ABORTREASON']._serialized_start=2720
+  _globals['_ABORTREASON']._serialized_end=2898
+  _globals['_ENROLREQUEST']._serialized_start=117
+  _globals['_ENROLREQUEST']._serialized_end=227
+  _globals['_ENROLRESPONSE']._serialized_start=230
+  _globals['_ENROLRESPONSE']._serialized_end=422
+  _globals['_CHECKINREQUEST']._serialized_start=425
+  _globals['_CHECKINREQUEST']._serialized_end=638
+  _globals['_CHECKINRESPONSE']._serialized_start=641
+  _globals['_CHECKINRESPONSE']._serialized_end=843
+  _globals['_SERVING']._serialized_start=845
+  _globals['_SERVING']._serialized_end=954
+  _globals['_ASSIGNMENT']._serialized_start=957
+  _globals['_ASSIGNMENT']._serialized_end=1152
+  _globals['_DOWNLOADREQUEST']._serialized_start=1154
+  _globals['_DOWNLOADREQUEST']._serialized_end=1203
+  _globals['_DOWNLOADRESPONSE']._serialized_start=1206
+  _globals['_DOWNLOADRESPONSE']._serialized_end=1364
+  _globals['_BEGINUPLOADREQUEST']._serialized_start=1366
+  _globals['_BEGINUPLOADREQUEST']._serialized_end=1479
+  _globals['_BEGINUPLOADRESPONSE']._serialized_start=1482
+  _globals['_BEGINUPLOADRESPONSE']._serialized_end=1647
+  _globals['_UPLOADCHUNKREQUEST']._serialized_start=1649
+  _globals['_UPLOADCHUNKREQUEST']._serialized_end=1762
+  _globals['_UPLOADCHUNKRESPONSE']._serialized_start=1764
+  _globals['_UPLOADCHUNKRESPONSE']._serialized_end=1889
+  _globals['_COMMITUPLOADREQUEST']._serialized_start=1892
+  _globals['_COMMITUPLOADREQUEST']._serialized_end=2111
+  _globals['_COMMITUPLOADRESPONSE']._serialized_start=2113
+  _globals['_COMMITUPLOADRESPONSE']._serialized_end=2215
+  _globals['_REPORTREQUEST']._serialized_start=2217
+  _globals['_REPORTREQUEST']._serialized_end=2326
+  _globals['_REPORTRESPONSE']._serialized_start=2328
+  _globals['_REPORTRESPONSE']._serialized_end=2424
+  _globals['_ABORTREQUEST']._serialized_start=2427
+  _globals['_ABORTREQUEST']._serialized_end=2555
+  _globals['_ABORTRESPONSE']._serialized_start=2557
+  _globals['_ABORTRESPONSE']._serialized_end=2652
+  _globals['_DEVICESERVICE']._serialized_start=2901
+  _globals['_DEVICESERVICE']._serialized_end=3572
 # @@protoc_insertion_point(module_scope)

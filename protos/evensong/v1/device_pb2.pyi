@@ -1,4 +1,5 @@
 from evensong.v1 import common_pb2 as _common_pb2
+from evensong.v1 import secagg_pb2 as _secagg_pb2
 from evensong.v1 import task_pb2 as _task_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -34,31 +35,37 @@ ABORT_REASON_UNFIT: AbortReason
 ABORT_REASON_INTERNAL: AbortReason
 
 class EnrolRequest(_message.Message):
-    __slots__ = ("request_id", "token", "public_key", "population")
+    __slots__ = ("request_id", "token", "public_key", "population", "certificate")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     POPULATION_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     token: str
     public_key: bytes
     population: str
-    def __init__(self, request_id: _Optional[bytes] = ..., token: _Optional[str] = ..., public_key: _Optional[bytes] = ..., population: _Optional[str] = ...) -> None: ...
+    certificate: bytes
+    def __init__(self, request_id: _Optional[bytes] = ..., token: _Optional[str] = ..., public_key: _Optional[bytes] = ..., population: _Optional[str] = ..., certificate: _Optional[bytes] = ...) -> None: ...
 
 class EnrolResponse(_message.Message):
-    __slots__ = ("refusal", "retry", "device_id", "signer_public_key")
+    __slots__ = ("refusal", "retry", "device_id", "signer_public_key", "certificate", "authority_public_key")
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     RETRY_FIELD_NUMBER: _ClassVar[int]
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     SIGNER_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    AUTHORITY_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     refusal: _common_pb2.Refusal
     retry: _common_pb2.RetryWindow
     device_id: str
     signer_public_key: bytes
-    def __init__(self, refusal: _Optional[_Union[_common_pb2.Refusal, _Mapping]] = ..., retry: _Optional[_Union[_common_pb2.RetryWindow, _Mapping]] = ..., device_id: _Optional[str] = ..., signer_public_key: _Optional[bytes] = ...) -> None: ...
+    certificate: bytes
+    authority_public_key: bytes
+    def __init__(self, refusal: _Optional[_Union[_common_pb2.Refusal, _Mapping]] = ..., retry: _Optional[_Union[_common_pb2.RetryWindow, _Mapping]] = ..., device_id: _Optional[str] = ..., signer_public_key: _Optional[bytes] = ..., certificate: _Optional[bytes] = ..., authority_public_key: _Optional[bytes] = ...) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("request_id", "population", "runtime_version", "memory_bytes", "training_examples", "evaluation_examples", "wait_ms")
+    __slots__ = ("request_id", "population", "runtime_version", "memory_bytes", "training_examples", "evaluation_examples", "wait_ms", "certificate_expires_unix_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +73,7 @@ class CheckInRequest(_message.Message):
     TRAINING_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_EXPIRES_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     population: str
     runtime_version: str
@@ -73,19 +81,22 @@ class CheckInRequest(_message.Message):
     training_examples: int
     evaluation_examples: int
     wait_ms: int
-    def __init__(self, request_id: _Optional[bytes] = ..., population: _Optional[str] = ..., runtime_version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., training_examples: _Optional[int] = ..., evaluation_examples: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
+    certificate_expires_unix_ms: int
+    def __init__(self, request_id: _Optional[bytes] = ..., population: _Optional[str] = ..., runtime_version: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., training_examples: _Optional[int] = ..., evaluation_examples: _Optional[int] = ..., wait_ms: _Optional[int] = ..., certificate_expires_unix_ms: _Optional[int] = ...) -> None: ...
 
 class CheckInResponse(_message.Message):
-    __slots__ = ("refusal", "retry", "assignment", "serving")
+    __slots__ = ("refusal", "retry", "assignment", "serving", "certificate")
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     RETRY_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     refusal: _common_pb2.Refusal
     retry: _common_pb2.RetryWindow
     assignment: Assignment
     serving: _containers.RepeatedCompositeFieldContainer[Serving]
-    def __init__(self, refusal: _Optional[_Union[_common_pb2.Refusal, _Mapping]] = ..., retry: _Optional[_Union[_common_pb2.RetryWindow, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ...) -> None: ...
+    certificate: bytes
+    def __init__(self, refusal: _Optional[_Union[_common_pb2.Refusal, _Mapping]] = ..., retry: _Optional[_Union[_common_pb2.RetryWindow, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., serving: _Optional[_Iterable[_Union[Serving, _Mapping]]] = ..., certificate: _Optional[bytes] = ...) -> None: ...
 
 class Serving(_message.Message):
     __slots__ = ("task_id", "bundle", "version")
@@ -178,18 +189,22 @@ class UploadChunkResponse(_message.Message):
     def __init__(self, refusal: _Optional[_Union[_common_pb2.Refusal, _Mapping]] = ..., retry: _Optional[_Union[_common_pb2.RetryWindow, _Mapping]] = ..., received_bytes: _Optional[int] = ...) -> None: ...
 
 class CommitUploadRequest(_message.Message):
-    __slots__ = ("request_id", "upload_id", "lease", "weight", "metrics")
+    __slots__ = ("request_id", "upload_id", "lease", "weight", "metrics", "masked", "within_clip_norm")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    MASKED_FIELD_NUMBER: _ClassVar[int]
+    WITHIN_CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     upload_id: str
     lease: _common_pb2.Lease
     weight: float
     metrics: _common_pb2.Metrics
-    def __init__(self, request_id: _Optional[bytes] = ..., upload_id: _Optional[str] = ..., lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Union[_common_pb2.Metrics, _Mapping]] = ...) -> None: ...
+    masked: _secagg_pb2.SecureMasked
+    within_clip_norm: bool
+    def __init__(self, request_id: _Optional[bytes] = ..., upload_id: _Optional[str] = ..., lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Union[_common_pb2.Metrics, _Mapping]] = ..., masked: _Optional[_Union[_secagg_pb2.SecureMasked, _Mapping]] = ..., within_clip_norm: bool = ...) -> None: ...
 
 class CommitUploadResponse(_message.Message):
     __slots__ = ("refusal", "retry")

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from evensong.v1 import device_pb2 as evensong_dot_v1_dot_device__pb2
+from evensong.v1 import secagg_pb2 as evensong_dot_v1_dot_secagg__pb2
 
 GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
@@ -64,6 +65,11 @@ class DeviceServiceStub(object):
                 request_serializer=evensong_dot_v1_dot_device__pb2.CommitUploadRequest.SerializeToString,
                 response_deserializer=evensong_dot_v1_dot_device__pb2.CommitUploadResponse.FromString,
                 _registered_method=True)
+        self.Secure = channel.unary_unary(
+                '/evensong.v1.DeviceService/Secure',
+                request_serializer=evensong_dot_v1_dot_secagg__pb2.SecureRequest.SerializeToString,
+                response_deserializer=evensong_dot_v1_dot_secagg__pb2.SecureResponse.FromString,
+                _registered_method=True)
         self.Report = channel.unary_unary(
                 '/evensong.v1.DeviceService/Report',
                 request_serializer=evensong_dot_v1_dot_device__pb2.ReportRequest.SerializeToString,
@@ -121,6 +127,14 @@ class DeviceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Secure(self, request, context):
+        """One step of secure aggregation: brings the device's message and is held until the stage is over; answers with the next
+        message for the device. What makes a repeated call harmless is (lease, attempt, step): the same bytes get the same answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Report(self, request, context):
         """Hands in the metrics of an evaluation.
         """
@@ -167,6 +181,11 @@ def add_DeviceServiceServicer_to_server(servicer, server):
                     servicer.CommitUpload,
                     request_deserializer=evensong_dot_v1_dot_device__pb2.CommitUploadRequest.FromString,
                     response_serializer=evensong_dot_v1_dot_device__pb2.CommitUploadResponse.SerializeToString,
+            ),
+            'Secure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Secure,
+                    request_deserializer=evensong_dot_v1_dot_secagg__pb2.SecureRequest.FromString,
+                    response_serializer=evensong_dot_v1_dot_secagg__pb2.SecureResponse.SerializeToString,
             ),
             'Report': grpc.unary_unary_rpc_method_handler(
                     servicer.Report,
@@ -341,6 +360,33 @@ class DeviceService(object):
             '/evensong.v1.DeviceService/CommitUpload',
             evensong_dot_v1_dot_device__pb2.CommitUploadRequest.SerializeToString,
             evensong_dot_v1_dot_device__pb2.CommitUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Secure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/evensong.v1.DeviceService/Secure',
+            evensong_dot_v1_dot_secagg__pb2.SecureRequest.SerializeToString,
+            evensong_dot_v1_dot_secagg__pb2.SecureResponse.FromString,
             options,
             channel_credentials,
             insecure,

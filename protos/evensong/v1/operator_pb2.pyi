@@ -288,3 +288,51 @@ class RevokeDeviceRequest(_message.Message):
 class RevokeDeviceResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ReadPrivacyLedgerRequest(_message.Message):
+    __slots__ = ("task_id", "population")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    POPULATION_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    population: str
+    def __init__(self, task_id: _Optional[str] = ..., population: _Optional[str] = ...) -> None: ...
+
+class PrivacyLedgerEntry(_message.Message):
+    __slots__ = ("entry", "task_id", "population", "round", "version", "mechanism", "noise_multiplier", "clip_norm", "devices", "sampling", "sampling_probability", "epsilon", "delta", "created_unix_ms")
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    POPULATION_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MECHANISM_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    entry: int
+    task_id: str
+    population: str
+    round: int
+    version: int
+    mechanism: _task_pb2.PrivacyMechanism
+    noise_multiplier: float
+    clip_norm: float
+    devices: int
+    sampling: _task_pb2.Sampling
+    sampling_probability: float
+    epsilon: float
+    delta: float
+    created_unix_ms: int
+    def __init__(self, entry: _Optional[int] = ..., task_id: _Optional[str] = ..., population: _Optional[str] = ..., round: _Optional[int] = ..., version: _Optional[int] = ..., mechanism: _Optional[_Union[_task_pb2.PrivacyMechanism, str]] = ..., noise_multiplier: _Optional[float] = ..., clip_norm: _Optional[float] = ..., devices: _Optional[int] = ..., sampling: _Optional[_Union[_task_pb2.Sampling, str]] = ..., sampling_probability: _Optional[float] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., created_unix_ms: _Optional[int] = ...) -> None: ...
+
+class ReadPrivacyLedgerResponse(_message.Message):
+    __slots__ = ("entries", "plan")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[PrivacyLedgerEntry]
+    plan: _task_pb2.PrivacyPlan
+    def __init__(self, entries: _Optional[_Iterable[_Union[PrivacyLedgerEntry, _Mapping]]] = ..., plan: _Optional[_Union[_task_pb2.PrivacyPlan, _Mapping]] = ...) -> None: ...

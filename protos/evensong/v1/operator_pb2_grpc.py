@@ -94,6 +94,11 @@ class OperatorServiceStub(object):
                 request_serializer=evensong_dot_v1_dot_operator__pb2.RevokeDeviceRequest.SerializeToString,
                 response_deserializer=evensong_dot_v1_dot_operator__pb2.RevokeDeviceResponse.FromString,
                 _registered_method=True)
+        self.ReadPrivacyLedger = channel.unary_unary(
+                '/evensong.v1.OperatorService/ReadPrivacyLedger',
+                request_serializer=evensong_dot_v1_dot_operator__pb2.ReadPrivacyLedgerRequest.SerializeToString,
+                response_deserializer=evensong_dot_v1_dot_operator__pb2.ReadPrivacyLedgerResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -177,6 +182,13 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadPrivacyLedger(self, request, context):
+        """What a task or a population has spent of its privacy budget, release by release.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -239,6 +251,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.RevokeDevice,
                     request_deserializer=evensong_dot_v1_dot_operator__pb2.RevokeDeviceRequest.FromString,
                     response_serializer=evensong_dot_v1_dot_operator__pb2.RevokeDeviceResponse.SerializeToString,
+            ),
+            'ReadPrivacyLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadPrivacyLedger,
+                    request_deserializer=evensong_dot_v1_dot_operator__pb2.ReadPrivacyLedgerRequest.FromString,
+                    response_serializer=evensong_dot_v1_dot_operator__pb2.ReadPrivacyLedgerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -565,6 +582,33 @@ class OperatorService(object):
             '/evensong.v1.OperatorService/RevokeDevice',
             evensong_dot_v1_dot_operator__pb2.RevokeDeviceRequest.SerializeToString,
             evensong_dot_v1_dot_operator__pb2.RevokeDeviceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadPrivacyLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/evensong.v1.OperatorService/ReadPrivacyLedger',
+            evensong_dot_v1_dot_operator__pb2.ReadPrivacyLedgerRequest.SerializeToString,
+            evensong_dot_v1_dot_operator__pb2.ReadPrivacyLedgerResponse.FromString,
             options,
             channel_credentials,
             insecure,

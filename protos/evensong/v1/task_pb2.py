@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from evensong.v1 import common_pb2 as evensong_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65vensong/v1/task.proto\x12\x0b\x65vensong.v1\x1a\x18\x65vensong/v1/common.proto\"D\n\nSignedBlob\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\"\xb9\x02\n\nTaskBundle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\npopulation\x18\x02 \x01(\t\x12&\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x14.evensong.v1.BlobRef\x12\'\n\x06layout\x18\x04 \x03(\x0b\x32\x17.evensong.v1.TensorSpec\x12%\n\x05local\x18\x05 \x01(\x0b\x32\x16.evensong.v1.LocalPlan\x12\'\n\x06update\x18\x06 \x01(\x0b\x32\x17.evensong.v1.UpdatePlan\x12\'\n\x05round\x18\x07 \x01(\x0b\x32\x18.evensong.v1.RoundPolicy\x12\'\n\x06server\x18\x08 \x01(\x0b\x32\x17.evensong.v1.ServerPlan\x12\x16\n\x0etraining_bytes\x18\t \x01(\x04\")\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\"\xd5\x01\n\tLocalPlan\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\r\x12\x12\n\nbatch_size\x18\x02 \x01(\r\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x1b\n\x13\x66inal_learning_rate\x18\x04 \x01(\x01\x12\x11\n\tmax_steps\x18\x05 \x01(\r\x12\x14\n\x0cmin_examples\x18\x06 \x01(\r\x12\x10\n\x08personal\x18\x07 \x03(\t\x12\x35\n\x0fpersonalization\x18\x08 \x01(\x0b\x32\x1c.evensong.v1.Personalization\"K\n\x0fPersonalization\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\r\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x11\n\ttrainable\x18\x03 \x03(\t\"\xa3\x01\n\nUpdatePlan\x12!\n\x05\x63odec\x18\x01 \x01(\x0e\x32\x12.evensong.v1.Codec\x12\x0c\n\x04\x62its\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x11\n\tclip_norm\x18\x04 \x01(\x01\x12)\n\tweighting\x18\x05 \x01(\x0e\x32\x16.evensong.v1.Weighting\x12\x12\n\nmax_weight\x18\x06 \x01(\x01\"\xa9\x01\n\x0bRoundPolicy\x12\x14\n\x0cgoal_reports\x18\x01 \x01(\r\x12\x13\n\x0bmin_reports\x18\x02 \x01(\r\x12\x16\n\x0eover_selection\x18\x03 \x01(\x01\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x04 \x01(\x04\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x16\n\x0e\x65valuate_every\x18\x06 \x01(\r\x12\x1a\n\x12\x65valuation_reports\x18\x07 \x01(\r\"\x8b\x01\n\nServerPlan\x12\x10\n\x08strategy\x18\x01 \x01(\t\x12\x39\n\targuments\x18\x02 \x03(\x0b\x32&.evensong.v1.ServerPlan.ArgumentsEntry\x1a\x30\n\x0e\x41rgumentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x83\x01\n\x0fVersionManifest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x15\n\rbundle_sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0e\n\x06parent\x18\x04 \x01(\x04\x12(\n\nparameters\x18\x05 \x01(\x0b\x32\x14.evensong.v1.BlobRef*F\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x11\n\rCODEC_FLOAT32\x10\x01\x12\x13\n\x0f\x43ODEC_QUANTIZED\x10\x02*U\n\tWeighting\x12\x19\n\x15WEIGHTING_UNSPECIFIED\x10\x00\x12\x16\n\x12WEIGHTING_EXAMPLES\x10\x01\x12\x15\n\x11WEIGHTING_UNIFORM\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65vensong/v1/task.proto\x12\x0b\x65vensong.v1\x1a\x18\x65vensong/v1/common.proto\"D\n\nSignedBlob\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\"\x8d\x03\n\nTaskBundle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\npopulation\x18\x02 \x01(\t\x12&\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x14.evensong.v1.BlobRef\x12\'\n\x06layout\x18\x04 \x03(\x0b\x32\x17.evensong.v1.TensorSpec\x12%\n\x05local\x18\x05 \x01(\x0b\x32\x16.evensong.v1.LocalPlan\x12\'\n\x06update\x18\x06 \x01(\x0b\x32\x17.evensong.v1.UpdatePlan\x12\'\n\x05round\x18\x07 \x01(\x0b\x32\x18.evensong.v1.RoundPolicy\x12\'\n\x06server\x18\x08 \x01(\x0b\x32\x17.evensong.v1.ServerPlan\x12\x16\n\x0etraining_bytes\x18\t \x01(\x04\x12\'\n\x06secure\x18\n \x01(\x0b\x32\x17.evensong.v1.SecurePlan\x12)\n\x07privacy\x18\x0b \x01(\x0b\x32\x18.evensong.v1.PrivacyPlan\")\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\"\xd5\x01\n\tLocalPlan\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\r\x12\x12\n\nbatch_size\x18\x02 \x01(\r\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x1b\n\x13\x66inal_learning_rate\x18\x04 \x01(\x01\x12\x11\n\tmax_steps\x18\x05 \x01(\r\x12\x14\n\x0cmin_examples\x18\x06 \x01(\r\x12\x10\n\x08personal\x18\x07 \x03(\t\x12\x35\n\x0fpersonalization\x18\x08 \x01(\x0b\x32\x1c.evensong.v1.Personalization\"K\n\x0fPersonalization\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\r\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x11\n\ttrainable\x18\x03 \x03(\t\"\x8b\x02\n\nUpdatePlan\x12!\n\x05\x63odec\x18\x01 \x01(\x0e\x32\x12.evensong.v1.Codec\x12\x0c\n\x04\x62its\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x11\n\tclip_norm\x18\x04 \x01(\x01\x12)\n\tweighting\x18\x05 \x01(\x0e\x32\x16.evensong.v1.Weighting\x12\x12\n\nmax_weight\x18\x06 \x01(\x01\x12\x38\n\x11\x61\x64\x61ptive_clipping\x18\x07 \x01(\x0b\x32\x1d.evensong.v1.AdaptiveClipping\x12\x15\n\rkeep_fraction\x18\x08 \x01(\x01\x12\x15\n\rdownload_bits\x18\t \x01(\r\"C\n\x10\x41\x64\x61ptiveClipping\x12\x0f\n\x07initial\x18\x01 \x01(\x01\x12\x10\n\x08quantile\x18\x02 \x01(\x01\x12\x0c\n\x04rate\x18\x03 \x01(\x01\"\x91\x01\n\nSecurePlan\x12\x17\n\x0f\x63orrupted_share\x18\x01 \x01(\x01\x12\x15\n\rdropout_share\x18\x02 \x01(\x01\x12\x15\n\rmin_survivors\x18\x03 \x01(\r\x12\x12\n\nmax_cohort\x18\x04 \x01(\r\x12\x10\n\x08stage_ms\x18\x05 \x01(\x04\x12\x16\n\x0esemi_malicious\x18\x06 \x01(\x08\"\xf9\x01\n\x0bPrivacyPlan\x12\x30\n\tmechanism\x18\x01 \x01(\x0e\x32\x1d.evensong.v1.PrivacyMechanism\x12\x0f\n\x07\x65psilon\x18\x02 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x03 \x01(\x01\x12\x18\n\x10noise_multiplier\x18\x04 \x01(\x01\x12\'\n\x08sampling\x18\x05 \x01(\x0e\x32\x15.evensong.v1.Sampling\x12\x12\n\npopulation\x18\x06 \x01(\x04\x12\x1a\n\x12max_participations\x18\x07 \x01(\r\x12\x16\n\x0emin_separation\x18\x08 \x01(\r\x12\r\n\x05\x62\x61nds\x18\t \x01(\r\"\xa9\x01\n\x0bRoundPolicy\x12\x14\n\x0cgoal_reports\x18\x01 \x01(\r\x12\x13\n\x0bmin_reports\x18\x02 \x01(\r\x12\x16\n\x0eover_selection\x18\x03 \x01(\x01\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x04 \x01(\x04\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x16\n\x0e\x65valuate_every\x18\x06 \x01(\r\x12\x1a\n\x12\x65valuation_reports\x18\x07 \x01(\r\"\x8b\x01\n\nServerPlan\x12\x10\n\x08strategy\x18\x01 \x01(\t\x12\x39\n\targuments\x18\x02 \x03(\x0b\x32&.evensong.v1.ServerPlan.ArgumentsEntry\x1a\x30\n\x0e\x41rgumentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xbb\x01\n\x0fVersionManifest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x15\n\rbundle_sha256\x18\x02 \x01(\x0c\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0e\n\x06parent\x18\x04 \x01(\x04\x12(\n\nparameters\x18\x05 \x01(\x0b\x32\x14.evensong.v1.BlobRef\x12\x11\n\tclip_norm\x18\x06 \x01(\x01\x12#\n\x05\x64\x65lta\x18\x07 \x01(\x0b\x32\x14.evensong.v1.BlobRef*|\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x11\n\rCODEC_FLOAT32\x10\x01\x12\x13\n\x0f\x43ODEC_QUANTIZED\x10\x02\x12\x11\n\rCODEC_ROTATED\x10\x03\x12\x0f\n\x0b\x43ODEC_TOP_K\x10\x04\x12\x10\n\x0c\x43ODEC_FIELDS\x10\x05*U\n\tWeighting\x12\x19\n\x15WEIGHTING_UNSPECIFIED\x10\x00\x12\x16\n\x12WEIGHTING_EXAMPLES\x10\x01\x12\x15\n\x11WEIGHTING_UNIFORM\x10\x02*\xd9\x01\n\x10PrivacyMechanism\x12!\n\x1dPRIVACY_MECHANISM_UNSPECIFIED\x10\x00\x12&\n\"PRIVACY_MECHANISM_CENTRAL_GAUSSIAN\x10\x01\x12#\n\x1fPRIVACY_MECHANISM_BANDED_MATRIX\x10\x02\x12*\n&PRIVACY_MECHANISM_DISTRIBUTED_GAUSSIAN\x10\x03\x12)\n%PRIVACY_MECHANISM_DISTRIBUTED_SKELLAM\x10\x04*M\n\x08Sampling\x12\x18\n\x14SAMPLING_UNSPECIFIED\x10\x00\x12\x11\n\rSAMPLING_NONE\x10\x01\x12\x14\n\x10SAMPLING_POISSON\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,28 +34,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SERVERPLAN_ARGUMENTSENTRY']._loaded_options = None
   _globals['_SERVERPLAN_ARGUMENTSENTRY']._serialized_options = b'8\001'
-  _globals['_CODEC']._serialized_start=1401
-  _globals['_CODEC']._serialized_end=1471
-  _globals['_WEIGHTING']._serialized_start=1473
-  _globals['_WEIGHTING']._serialized_end=1558
+  _globals['_CODEC']._serialized_start=2114
+  _globals['_CODEC']._serialized_end=2238
+  _globals['_WEIGHTING']._serialized_start=2240
+  _globals['_WEIGHTING']._serialized_end=2325
+  _globals['_PRIVACYMECHANISM']._serialized_start=2328
+  _globals['_PRIVACYMECHANISM']._serialized_end=2545
+  _globals['_SAMPLING']._serialized_start=2547
+  _globals['_SAMPLING']._serialized_end=2624
   _globals['_SIGNEDBLOB']._serialized_start=65
   _globals['_SIGNEDBLOB']._serialized_end=133
   _globals['_TASKBUNDLE']._serialized_start=136
-  _globals['_TASKBUNDLE']._serialized_end=449
-  _globals['_TENSORSPEC']._serialized_start=451
-  _globals['_TENSORSPEC']._serialized_end=492
-  _globals['_LOCALPLAN']._serialized_start=495
-  _globals['_LOCALPLAN']._serialized_end=708
-  _globals['_PERSONALIZATION']._serialized_start=710
-  _globals['_PERSONALIZATION']._serialized_end=785
-  _globals['_UPDATEPLAN']._serialized_start=788
-  _globals['_UPDATEPLAN']._serialized_end=951
-  _globals['_ROUNDPOLICY']._serialized_start=954
-  _globals['_ROUNDPOLICY']._serialized_end=1123
-  _globals['_SERVERPLAN']._serialized_start=1126
-  _globals['_SERVERPLAN']._serialized_end=1265
-  _globals['_SERVERPLAN_ARGUMENTSENTRY']._serialized_start=1217
-  _globals['_SERVERPLAN_ARGUMENTSENTRY']._serialized_end=1265
-  _globals['_VERSIONMANIFEST']._serialized_start=1268
-  _globals['_VERSIONMANIFEST']._serialized_end=1399
+  _globals['_TASKBUNDLE']._serialized_end=533
+  _globals['_TENSORSPEC']._serialized_start=535
+  _globals['_TENSORSPEC']._serialized_end=576
+  _globals['_LOCALPLAN']._serialized_start=579
+  _globals['_LOCALPLAN']._serialized_end=792
+  _globals['_PERSONALIZATION']._serialized_start=794
+  _globals['_PERSONALIZATION']._serialized_end=869
+  _globals['_UPDATEPLAN']._serialized_start=872
+  _globals['_UPDATEPLAN']._serialized_end=1139
+  _globals['_ADAPTIVECLIPPING']._serialized_start=1141
+  _globals['_ADAPTIVECLIPPING']._serialized_end=1208
+  _globals['_SECUREPLAN']._serialized_start=1211
+  _globals['_SECUREPLAN']._serialized_end=1356
+  _globals['_PRIVACYPLAN']._serialized_start=1359
+  _globals['_PRIVACYPLAN']._serialized_end=1608
+  _globals['_ROUNDPOLICY']._serialized_start=1611
+  _globals['_ROUNDPOLICY']._serialized_end=1780
+  _globals['_SERVERPLAN']._serialized_start=1783
+  _globals['_SERVERPLAN']._serialized_end=1922
+  _globals['_SERVERPLAN_ARGUMENTSENTRY']._serialized_start=1874
+  _globals['_SERVERPLAN_ARGUMENTSENTRY']._serialized_end=1922
+  _globals['_VERSIONMANIFEST']._serialized_start=1925
+  _globals['_VERSIONMANIFEST']._serialized_end=2112
 # @@protoc_insertion_point(module_scope)
