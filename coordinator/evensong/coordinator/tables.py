@@ -183,6 +183,38 @@ journal = Table(
     sqlite_autoincrement=True,
 )
 
+#: Tries of a secure round to get its sum; the newest counts.
+secure_attempts = Table(
+    "secure_attempts",
+    metadata,
+    Column("round_id", _Serial, ForeignKey("rounds.round_id"), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    # evensong.secagg.states.ServerStage
+    Column("stage", String(16), nullable=False),
+    # Of the stage; absent while nobody has come.
+    Column("deadline_ms", BigInteger, nullable=True),
+    # Ids of devices that are kept out, because they were blamed in an earlier attempt; separated by spaces.
+    Column("excluded", Text, nullable=False, default=""),
+)
+
+#: What members of a cohort sent, in the order in which it was accepted: the state machine is a function of it.
+secure_messages = Table(
+    "secure_messages",
+    metadata,
+    Column("entry", _Serial, primary_key=True, autoincrement=True),
+    Column("round_id", _Serial, ForeignKey("rounds.round_id"), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("stage", String(16), nullable=False),
+    Column("device_id", String(32), ForeignKey("devices.device_id"), nullable=False),
+    # The serialised SecureAdvertise, SecureShares, SecureMasked, SecureCommit or SecureUnmask.
+    Column("payload", LargeBinary, nullable=False),
+    # Of a masked vector.
+    Column("upload_id", String(32), nullable=True, unique=True),
+    Column("accepted_ms", BigInteger, nullable=False),
+    UniqueConstraint("round_id", "attempt", "stage", "device_id"),
+    sqlite_autoincrement=True,
+)
+
 #: The answer to each call that changed something, for the same call coming again.
 requests = Table(
     "requests",
