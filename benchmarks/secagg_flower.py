@@ -23,7 +23,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when flwr is imported
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.common import Code, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.compat.common import recorddict_compat
 from flwr.server import LegacyContext, SimpleClientManager
 from flwr.server.compat.grid_client_proxy import GridClientProxy
@@ -100,8 +100,7 @@ class InMemoryGrid(Grid):
     def _carry(self, message: Message) -> Message:
         """A copy, as the network makes one: both sides change what they got."""
         began = time.process_time()
-        content = recorddict_from_proto(recorddict_to_proto(message.content))
-        copy = Message(content, metadata=message.metadata)
+        copy = message_from_proto(message_to_proto(message))
         self.not_counted += time.process_time() - began
         return copy
 
