@@ -16,10 +16,14 @@ from evensong.coordinator.database import Transaction
 from evensong.coordinator.errors import RefusalError
 from evensong.coordinator.plan import Plan
 from evensong.coordinator.requests import RequestKey
+from evensong.secagg import certificates
+from evensong.secagg.errors import ProtocolError
 from evensong.v1 import common_pb2, device_pb2
 from evensong.wire.errors import EvensongError, SignatureError
 from evensong.wire.signing import EnrolmentToken, device_id_of, parse_caller, verify_request
 from evensong.wire.transport import DEVICE_SERVICE, Metadata
+
+_DAY_MS = 24 * 3_600_000
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ def enrol(
         if (stored := requests.recall(tx, key)) is not None:
             return device_pb2.EnrolResponse.FromString(stored)
         population = _use_token(context, tx, request, now)
+        certificate = _certificate(context, request.certificate, request.public_key, population)
         known = tx.execute(
             select(tables.devices.c.revoked).where(tables.devices.c.device_id == device_id)
         ).one_or_none()
@@ -147,7 +152,12 @@ def enrol(
             tx.execute(
                 update(tables.devices).where(tables.devices.c.device_id == device_id).values(population=population)
             )
-        response = device_pb2.EnrolResponse(device_id=device_id, signer_public_key=context.signer_public_key)
+        response = device_pb2.EnrolResponse(
+            device_id=device_id,
+            signer_public_key=context.signer_public_key,
+            certificate=certificate,
+            authority_public_key=context.authority_public_key,
+        )
         requests.remember(tx, key, response, now)
         context.fault("enrol.before_commit")
     context.fault("enrol.after_commit")
@@ -198,6 +208,36 @@ def _use_token(context: Context, tx: Transaction, request: device_pb2.EnrolReque
     )
     population: str = row.population
     return population
+
+
+def _certificate(context: Context, shown: bytes, public_key: bytes, population: str) -> bytes:
+    """The one that the device shows, checked; or a new one, where the coordinator is its own authority. Empty where it
+    is not: the device cannot take part in secure sums until its authority has certified it."""
+    if not shown:
+        return issue_certificate(context, public_key, population) if context.is_own_authority else b""
+    try:
+        certificates.check(shown, public_key, population, context.authority_public_key, context.now())
+    except ProtocolError as error:
+        raise RefusalError(
+            common_pb2.REFUSAL_REASON_INVALID_REQUEST,
+            f"the certificate does not hold: {error}",
+            fix="Get one from this coordinator's enrolment authority.",
+        ) from None
+    return shown
+
+
+def issue_certificate(context: Context, public_key: bytes, population: str) -> bytes:
+    """By the coordinator as its own authority, valid from now on."""
+    not_after = context.now() + context.settings.certificate_days * _DAY_MS
+    return certificates.issue(context.signer, public_key, population, not_after, bytes.fromhex(context.new_id()))
+
+
+def renewed_certificate(context: Context, device: DeviceIdentity, expires_unix_ms: int) -> bytes:
+    """A new one for a device whose own (if any) has less than a third of its life left; else empty."""
+    lifetime = context.settings.certificate_days * _DAY_MS
+    if not context.is_own_authority or expires_unix_ms > context.now() + lifetime // 3:
+        return b""
+    return issue_certificate(context, device.public_key, device.population)
 
 
 def _claimed(metadata: Metadata) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Row, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import Row, and_, bindparam, case, func, insert, or_, select, update
 
 from evensong.coordinator import requests, tables
 from evensong.coordinator.admit import Call, Pacing, unfit
@@ -13,6 +13,7 @@ from evensong.coordinator.database import Transaction
 from evensong.coordinator.errors import RefusalError
 from evensong.coordinator.plan import Plan, parse_plan
 from evensong.coordinator.rounds import OPEN, LeaseState
+from evensong.secagg.states import ServerStage
 from evensong.v1 import common_pb2, device_pb2, operator_pb2, task_pb2
 
 
@@ -36,7 +37,8 @@ def assign(context: Context, pacing: Pacing, call: Call, request: device_pb2.Che
     """A lease for the device that checks in, if a round has a place for it.
 
     A device has one lease: it gets its own place again under a new fencing token if it comes back without having
-    reported. Training goes before evaluation, so that evaluations use the devices that the open round does not need.
+    reported. Training goes before evaluation, so that evaluations use the devices that the open round does not need;
+    but a secure evaluation, which takes a moment of many devices, goes before training.
     """
     key = call.key(request.request_id)
     # A look first: many held check-ins wake for few places, and only one at a time may write.
@@ -69,7 +71,11 @@ def _choose(
             tables.tasks.c.state == operator_pb2.TASK_STATE_RUNNING,
             tables.rounds.c.state.in_(OPEN),
             or_(tables.rounds.c.deadline_ms.is_(None), tables.rounds.c.deadline_ms > now),
-        ).order_by(tables.rounds.c.work, tables.rounds.c.round_id)
+            or_(tables.secure_attempts.c.stage.is_(None), tables.secure_attempts.c.stage == ServerStage.ADVERTISE),
+        ).order_by(
+            case((tables.secure_attempts.c.stage.is_not(None), -tables.rounds.c.work), else_=tables.rounds.c.work),
+            tables.rounds.c.round_id,
+        )
     ).all()
     own = tx.execute(
         select(tables.leases.c.round_id, tables.leases.c.state)
@@ -106,12 +112,20 @@ def _free_places(tx: Transaction, round: Row[tuple[object, ...]], now: int, devi
 
 
 def _lease(context: Context, tx: Transaction, device_id: str, round: Row[tuple[object, ...]]) -> device_pb2.Assignment:
-    now, settings = context.now(), context.settings
+    now, settings, plan = context.now(), context.settings, parse_plan(round.bundle)
     deadline = round.deadline_ms
     if deadline is None:
-        deadline = now + parse_plan(round.bundle).policy.deadline_ms
+        deadline = now + plan.deadline_ms
         tx.execute(update(tables.rounds).where(tables.rounds.c.round_id == round.round_id).values(deadline_ms=deadline))
-    expires = min(deadline, now + settings.lease_ms) if settings.lease_ms else deadline
+        if plan.secure is not None:  # by then whoever trains must have come to the protocol
+            tx.execute(
+                update(tables.secure_attempts)
+                .where(tables.secure_attempts.c.round_id == round.round_id)
+                .values(deadline_ms=now + plan.policy.deadline_ms)
+            )
+    # A member of a cohort is waited for by others: its lease lasts as long as the protocol may.
+    short = settings.lease_ms and plan.secure is None
+    expires = min(deadline, now + settings.lease_ms) if short else deadline
     superseded = tx.execute(
         update(tables.leases)
         .where(tables.leases.c.device_id == device_id, tables.leases.c.state == LeaseState.ACTIVE)
@@ -194,12 +208,26 @@ def serving(context: Context, population: str) -> list[device_pb2.Serving]:
 # ------------------------------------------------------------------------------------------------------ holding a lease
 
 
-_ROUNDS_WITH_BUNDLES = (
+_WITH_BUNDLES = (
     select(tables.rounds, tables.bundles.c.payload.label("bundle"))
     .join(tables.tasks, tables.tasks.c.task_id == tables.rounds.c.task_id)
     .join(tables.bundles, tables.bundles.c.sha256 == tables.tasks.c.bundle_sha256)
 )
-_FIND_ROUND = _ROUNDS_WITH_BUNDLES.where(tables.rounds.c.round_id == bindparam("round"))
+_NEWEST_ATTEMPT = (
+    select(func.max(tables.secure_attempts.c.attempt))
+    .where(tables.secure_attempts.c.round_id == tables.rounds.c.round_id)
+    .correlate(tables.rounds)
+    .scalar_subquery()
+)
+#: A secure round with its newest attempt, another with none.
+_ROUNDS_WITH_BUNDLES = _WITH_BUNDLES.outerjoin(
+    tables.secure_attempts,
+    and_(
+        tables.secure_attempts.c.round_id == tables.rounds.c.round_id,
+        tables.secure_attempts.c.attempt == _NEWEST_ATTEMPT,
+    ),
+)
+_FIND_ROUND = _WITH_BUNDLES.where(tables.rounds.c.round_id == bindparam("round"))
 _FIND_LEASE = select(tables.leases).where(
     tables.leases.c.lease_id == bindparam("lease"), tables.leases.c.device_id == bindparam("device")
 )
@@ -221,6 +249,17 @@ def check_lease(
 
     What ended the round comes before what ended the lease: it is what the device can learn something from.
     """
+    lease, round = find_lease(tx, device_id, claimed)
+    if work is not None and round.work != work:
+        raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "the lease is for other work")
+    _refuse_ended(context, lease, round)
+    return Holder(lease, round, parse_plan(round.bundle))
+
+
+def find_lease(
+    tx: Transaction, device_id: str, claimed: common_pb2.Lease
+) -> tuple[Row[tuple[object, ...]], Row[tuple[object, ...]]]:
+    """The device's lease under that fencing token, and its round with the bundle, whatever became of them."""
     lease = tx.execute(_FIND_LEASE, {"lease": claimed.lease_id, "device": device_id}).one_or_none()
     if lease is None or lease.fencing_token != claimed.fencing_token:
         raise RefusalError(
@@ -230,11 +269,7 @@ def check_lease(
             got=claimed.lease_id[:40] if lease is None else claimed.fencing_token,
             fix="Check in for new work.",
         )
-    round = tx.execute(_FIND_ROUND, {"round": lease.round_id}).one()
-    if work is not None and round.work != work:
-        raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "the lease is for other work")
-    _refuse_ended(context, lease, round)
-    return Holder(lease, round, parse_plan(round.bundle))
+    return lease, tx.execute(_FIND_ROUND, {"round": lease.round_id}).one()
 
 
 def _refuse_ended(context: Context, lease: Row[tuple[object, ...]], round: Row[tuple[object, ...]]) -> None:
@@ -248,6 +283,12 @@ def _refuse_ended(context: Context, lease: Row[tuple[object, ...]], round: Row[t
     now = context.now()
     if round.deadline_ms is not None and now >= round.deadline_ms:
         raise RefusalError(common_pb2.REFUSAL_REASON_TOO_LATE, f"the deadline of round {round.number} has passed")
+    refuse_inactive(context, lease)
+
+
+def refuse_inactive(context: Context, lease: Row[tuple[object, ...]]) -> None:
+    """:class:`RefusalError` unless the lease is in force."""
+    now = context.now()
     if lease.state != LeaseState.ACTIVE or now >= lease.expires_ms:
         raise RefusalError(
             common_pb2.REFUSAL_REASON_LEASE_EXPIRED,
@@ -259,6 +300,7 @@ def _refuse_ended(context: Context, lease: Row[tuple[object, ...]], round: Row[t
 
 
 _WHY_CLOSED = {
+    "unmasked": (common_pb2.REFUSAL_REASON_NOT_NEEDED, "the round has its sum"),
     "goal": (common_pb2.REFUSAL_REASON_NOT_NEEDED, "the round has all the reports that it wants"),
     "promoted": (common_pb2.REFUSAL_REASON_STALE, "training goes on from another version"),
     "stopped": (common_pb2.REFUSAL_REASON_TOO_LATE, "the task was stopped"),

@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from evensong.v1 import task_pb2
+from evensong.secagg.errors import ParameterError
+from evensong.secagg.session import Policy
+from evensong.secagg.vector import VectorPlan
+from evensong.v1 import device_pb2, task_pb2
 from evensong.wire.codecs import UpdateCodec
 from evensong.wire.errors import EvensongError, UpdateError
 from evensong.wire.tensors import layout_from_proto
@@ -70,7 +73,8 @@ def check_bundle(bundle: task_pb2.TaskBundle) -> None:
         raise TaskError("the artifact's address is malformed", expected="32 bytes of SHA-256 and a size")
     try:
         layout_from_proto(bundle.layout)
-        UpdateCodec.from_plan(bundle.update)
+        if not bundle.HasField("secure"):
+            UpdateCodec.from_plan(bundle.update)
     except UpdateError as error:
         raise TaskError(f"the task's updates cannot be: {error}") from error
     for name, value, bounds in _numbers(bundle):
@@ -78,6 +82,7 @@ def check_bundle(bundle: task_pb2.TaskBundle) -> None:
             raise TaskError(f"{name} is out of range", expected=bounds, got=value)
     if bundle.update.weighting not in (task_pb2.WEIGHTING_EXAMPLES, task_pb2.WEIGHTING_UNIFORM):
         raise TaskError("update.weighting is unknown", expected="examples or uniform", got=bundle.update.weighting)
+    _check_secure(bundle)
     if bundle.round.min_reports > bundle.round.goal_reports:
         raise TaskError(
             "min_reports is above the goal", expected=f"1 to {bundle.round.goal_reports}", got=bundle.round.min_reports
@@ -91,6 +96,42 @@ def check_bundle(bundle: task_pb2.TaskBundle) -> None:
             raise TaskError(
                 "a strategy's argument is malformed", expected="a name and a finite number", got=argument[:80]
             )
+
+
+def _check_secure(bundle: task_pb2.TaskBundle) -> None:
+    """What a secure sum needs: its own packing, bounds on every value, and parameters that give security."""
+    update, policy, plan = bundle.update, bundle.round, bundle.secure
+    if (update.codec == task_pb2.CODEC_FIELDS) != bundle.HasField("secure"):
+        raise TaskError("CODEC_FIELDS goes with a secure sum, and nothing else does", got=update.codec)
+    if not bundle.HasField("secure"):
+        return
+    if not update.clip_norm and not update.HasField("adaptive_clipping"):
+        raise TaskError("a secure sum needs a clip norm: it bounds what one device adds", fix="Say clip_norm=...")
+    if update.weighting == task_pb2.WEIGHTING_EXAMPLES and not update.max_weight.is_integer():
+        raise TaskError("max_weight of a secure sum must be whole", got=update.max_weight)
+    least = min(policy.goal_reports, policy.evaluation_reports or policy.goal_reports)
+    if not 3 <= plan.min_survivors <= least:
+        raise TaskError(
+            "a secure sum needs three devices or more",
+            expected=f"min_survivors from 3 to the goal, {least}",
+            got=plan.min_survivors,
+            fix="Raise goal, or say secure=None: then the coordinator sees each update.",
+        )
+    if plan.max_cohort < largest_cohort(policy):
+        raise TaskError("max_cohort is too small", expected=f"at least {largest_cohort(policy)}", got=plan.max_cohort)
+    try:
+        for members in {least, plan.max_cohort}:
+            Policy.from_plan(plan).parameters(members)
+        VectorPlan.from_bundle(bundle, device_pb2.WORK_TRAIN)
+    except (ParameterError, UpdateError) as error:
+        raise TaskError(f"the secure sum cannot be: {error}") from error
+
+
+def largest_cohort(policy: task_pb2.RoundPolicy) -> int:
+    """Devices that work in a round of this policy at the same time, at most."""
+    goal = max(policy.goal_reports, policy.evaluation_reports)
+    # Rounded first, so that 10 * 1.1 asks 11 devices and not 12.
+    return math.ceil(round(goal * max(1.0, policy.over_selection), 6))
 
 
 def check_server_plan(plan: task_pb2.ServerPlan) -> None:
@@ -122,6 +163,16 @@ def _numbers(bundle: task_pb2.TaskBundle) -> Iterator[tuple[str, float, Bounds]]
             yield "personalization.learning_rate", local.personalization.learning_rate, _POSITIVE
     yield "update.clip_norm", update.clip_norm, Bounds(0, 1e30)
     yield "update.max_weight", update.max_weight, Bounds(0, 1e12, least_open=True)
+    if update.HasField("adaptive_clipping"):
+        yield "adaptive_clipping.initial", update.adaptive_clipping.initial, Bounds(0, 1e30, least_open=True)
+        yield "adaptive_clipping.quantile", update.adaptive_clipping.quantile, Bounds(0, 1, least_open=True)
+        yield "adaptive_clipping.rate", update.adaptive_clipping.rate, Bounds(0, 10, least_open=True)
+    if bundle.HasField("secure"):
+        yield "secure.corrupted_share", bundle.secure.corrupted_share, Bounds(0, 0.5, most_open=True)
+        yield "secure.dropout_share", bundle.secure.dropout_share, Bounds(0, 0.5, most_open=True)
+        yield "secure.max_cohort", bundle.secure.max_cohort, Bounds(3, 100_000)
+        yield "secure.stage_ms", bundle.secure.stage_ms, Bounds(1, _DAY_MS)
+        yield "update.bits", update.bits, Bounds(2, 16)
     yield "round.goal_reports", policy.goal_reports, _COUNT
     yield "round.min_reports", policy.min_reports, _COUNT
     yield "round.over_selection", policy.over_selection, Bounds(1, 10)

@@ -6,7 +6,7 @@ import hmac
 import math
 from dataclasses import dataclass
 
-from sqlalchemy import Row, bindparam, delete, insert, select, update
+from sqlalchemy import Row, bindparam, delete, func, insert, select, update
 
 from evensong.coordinator import events, requests, rounds, tables
 from evensong.coordinator.admit import Call, Pacing
@@ -15,8 +15,8 @@ from evensong.coordinator.commit import commit_evaluation
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
 from evensong.coordinator.errors import RefusalError
-from evensong.coordinator.plan import Plan
 from evensong.coordinator.rounds import LeaseState, Trigger
+from evensong.coordinator.secure import SecureRounds
 from evensong.coordinator.spool import Admitted, SpooledUpload
 from evensong.coordinator.sums import Sums
 from evensong.v1 import common_pb2, device_pb2, operator_pb2, task_pb2
@@ -38,8 +38,8 @@ def begin_upload(
     claimed = request.update
     with context.database.transaction() as tx:
         stored = requests.recall(tx, key)
-        holder = check_lease(context, tx, call.device.device_id, request.lease, device_pb2.WORK_TRAIN)
-        _check_announcement(holder.plan, claimed)
+        holder = _check_uploader(context, tx, call, request.lease)
+        _check_announcement(holder, claimed)
         sha256 = claimed.sha256.hex()
         row = tx.execute(
             select(tables.uploads).where(
@@ -60,7 +60,15 @@ def begin_upload(
     )
 
 
-def _check_announcement(plan: Plan, announced: common_pb2.BlobRef) -> None:
+def _check_uploader(context: Context, tx: Transaction, call: Call, lease: common_pb2.Lease) -> Holder:
+    """Updates come from training, and masked vectors from evaluation too."""
+    holder = check_lease(context, tx, call.device.device_id, lease)
+    if holder.round.work != device_pb2.WORK_TRAIN and holder.plan.secure is None:
+        raise RefusalError(common_pb2.REFUSAL_REASON_INVALID_REQUEST, "the lease is for other work")
+    return holder
+
+
+def _check_announcement(holder: Holder, announced: common_pb2.BlobRef) -> None:
     if len(announced.sha256) != 32:
         raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_REQUEST,
@@ -68,11 +76,12 @@ def _check_announcement(plan: Plan, announced: common_pb2.BlobRef) -> None:
             expected="32 bytes",
             got=f"{len(announced.sha256)} bytes",
         )
-    if announced.size_bytes != plan.update_bytes:
+    size = holder.plan.upload_bytes(holder.round.work)
+    if announced.size_bytes != size:
         raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_UPDATE,
             "the update has the wrong length for its task",
-            expected=f"{plan.update_bytes} bytes",
+            expected=f"{size} bytes",
             got=announced.size_bytes,
             fix="Encode it with the bundle's layout and codec.",
         )
@@ -81,11 +90,16 @@ def _check_announcement(plan: Plan, announced: common_pb2.BlobRef) -> None:
 def _open_upload(context: Context, tx: Transaction, call: Call, holder: Holder, sha256: str) -> str:
     """A new upload. Those that the device left under older leases are dropped first."""
     mine = tx.execute(
-        select(tables.uploads.c.upload_id, tables.uploads.c.lease_id, tables.journal.c.entry)
+        select(
+            tables.uploads.c.upload_id,
+            tables.uploads.c.lease_id,
+            func.coalesce(tables.journal.c.entry, tables.secure_messages.c.entry).label("accepted"),
+        )
         .outerjoin(tables.journal, tables.journal.c.upload_id == tables.uploads.c.upload_id)
+        .outerjoin(tables.secure_messages, tables.secure_messages.c.upload_id == tables.uploads.c.upload_id)
         .where(tables.uploads.c.device_id == call.device.device_id)
     ).all()
-    unfinished = [row for row in mine if row.entry is None]
+    unfinished = [row for row in mine if row.accepted is None]
     stale = [row.upload_id for row in unfinished if row.lease_id != holder.lease.lease_id]
     if stale:
         tx.execute(delete(tables.uploads).where(tables.uploads.c.upload_id.in_(stale)))
@@ -105,7 +119,7 @@ def _open_upload(context: Context, tx: Transaction, call: Call, holder: Holder, 
             round_id=holder.round.round_id,
             device_id=call.device.device_id,
             sha256=sha256,
-            size_bytes=holder.plan.update_bytes,
+            size_bytes=holder.plan.upload_bytes(holder.round.work),
         )
     )
     return upload_id
@@ -120,6 +134,7 @@ def _admitted(holder: Holder, sha256: str) -> Admitted:
         lease.fencing_token,
         min(lease.expires_ms, holder.round.deadline_ms or lease.expires_ms),
         sha256,
+        holder.plan.upload_bytes(holder.round.work),
         holder.plan,
     )
 
@@ -135,7 +150,7 @@ def upload_chunk(
     file = context.spool.upload(request.upload_id)
     with file.lock:
         try:
-            data = check_chunk(request.chunk, file.received, admitted.plan.update_bytes, context.settings.chunk_bytes)
+            data = check_chunk(request.chunk, file.received, admitted.size_bytes, context.settings.chunk_bytes)
         except CorruptError as error:
             raise RefusalError(common_pb2.REFUSAL_REASON_BAD_CHUNK, str(error), received_bytes=file.received) from None
         if data != ALREADY_THERE:
@@ -158,7 +173,7 @@ def _find_upload(context: Context, call: Call, upload_id: str, lease: common_pb2
     ):
         return admitted
     with context.database.read() as tx:
-        holder = check_lease(context, tx, call.device.device_id, lease, device_pb2.WORK_TRAIN)
+        holder = _check_uploader(context, tx, call, lease)
         admitted = _admitted(holder, _read_upload(tx, upload_id, holder).sha256)
     context.spool.admit(upload_id, admitted)
     return admitted
@@ -181,7 +196,12 @@ def _read_upload(tx: Transaction, upload_id: str, holder: Holder) -> Row[tuple[o
 
 
 def commit_upload(
-    context: Context, pacing: Pacing, sums: Sums, call: Call, request: device_pb2.CommitUploadRequest
+    context: Context,
+    pacing: Pacing,
+    sums: Sums,
+    secure: SecureRounds,
+    call: Call,
+    request: device_pb2.CommitUploadRequest,
 ) -> device_pb2.CommitUploadResponse:
     """Ends an upload: the update is checked, durable and journalled before the answer leaves.
 
@@ -195,8 +215,10 @@ def commit_upload(
             if requests.recall(tx, key) is not None:
                 return response
     admitted = _find_upload(context, call, request.upload_id, request.lease)
-    check_weight(admitted.plan.bundle.update, request.weight)
-    check_metrics(request.metrics)
+    masked = admitted.plan.secure is not None
+    if not masked:
+        check_weight(admitted.plan.bundle.update, request.weight)
+        check_metrics(request.metrics)
     file = context.spool.upload(request.upload_id)
     with file.lock:
         _check_complete(file, admitted)
@@ -204,6 +226,10 @@ def commit_upload(
         if context.settings.durable:
             file.make_durable()
         context.fault("collect.after_fsync")
+        if masked:
+            response = secure.accept_masked(call, request, admitted.sha256, file.received)
+            context.spool.forget(request.upload_id)
+            return response
         try:
             with sums.adding(admitted.round_id, admitted.plan, file, request.weight) as running:
                 entry = running.entry
@@ -254,11 +280,11 @@ def check_metrics(metrics: common_pb2.Metrics) -> None:
 
 
 def _check_complete(file: SpooledUpload, admitted: Admitted) -> None:
-    if file.received != admitted.plan.update_bytes:
+    if file.received != admitted.size_bytes:
         raise RefusalError(
             common_pb2.REFUSAL_REASON_BAD_CHUNK,
             "the upload is not complete",
-            expected=f"{admitted.plan.update_bytes} bytes",
+            expected=f"{admitted.size_bytes} bytes",
             got=file.received,
             fix="Begin it again to learn where to go on.",
         )
@@ -292,6 +318,12 @@ def report(
         if requests.recall(tx, key) is not None:
             return response
         holder = check_lease(context, tx, call.device.device_id, request.lease, device_pb2.WORK_EVALUATE)
+        if holder.plan.secure is not None:
+            raise RefusalError(
+                common_pb2.REFUSAL_REASON_INVALID_REQUEST,
+                "metrics of this task are summed securely",
+                fix="Send them in a masked vector.",
+            )
         check_metrics(request.metrics)
         _accept(context, tx, holder, request.metrics)
         requests.remember(tx, key, response, context.now())
@@ -316,6 +348,7 @@ def abort(context: Context, pacing: Pacing, call: Call, request: device_pb2.Abor
         )
         requests.remember(tx, key, response, context.now())
         tx.after_commit(context.work.beat)
+        tx.after_commit(context.due.beat)  # a cohort may wait for nobody else
         tx.after_commit(lambda: context.spool.dismiss(device_id=call.device.device_id))
     context.log.info(
         "lease given back",

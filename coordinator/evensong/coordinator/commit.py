@@ -98,11 +98,15 @@ def insert_version(
     )
 
 
-def commit_evaluation(context: Context, tx: Transaction, round_id: int, trigger: Trigger) -> None:
-    """Adds the metrics of an evaluation that has its reports to the version; the last one may end the task."""
+def commit_evaluation(
+    context: Context, tx: Transaction, round_id: int, trigger: Trigger, metrics: common_pb2.Metrics | None = None
+) -> None:
+    """Adds the metrics of an evaluation that has its reports to the version: those of the journal, or of a secure sum.
+    The last evaluation may end the task."""
     round = rounds.read_round(tx, round_id)
     assert round is not None
-    _, metrics = rounds.read_journal(tx, round_id)
+    if metrics is None:
+        _, metrics = rounds.read_journal(tx, round_id)
     tx.execute(
         update(tables.versions)
         .where(tables.versions.c.task_id == round.task_id, tables.versions.c.number == round.version)

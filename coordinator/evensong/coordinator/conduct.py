@@ -17,11 +17,13 @@ from evensong.coordinator.commit import abandon_round, commit_evaluation, commit
 from evensong.coordinator.context import Context
 from evensong.coordinator.errors import StorageError
 from evensong.coordinator.rounds import LIVE, OPEN, LeaseState, State, Trigger
+from evensong.coordinator.secure import SecureRounds
+from evensong.coordinator.secure_sums import UnsoundSumError, secure_sum
 from evensong.coordinator.step import compute_next_version
 from evensong.coordinator.strategies import Optimizers
 from evensong.coordinator.sums import Sums
 from evensong.coordinator.traffic import Traffic
-from evensong.v1 import operator_pb2
+from evensong.v1 import common_pb2, device_pb2, operator_pb2
 from evensong.wire.errors import EvensongError
 
 #: Housekeeping: last-seen times are written, old answers dropped.
@@ -34,11 +36,18 @@ class Conductor:
     """The background task of the coordinator."""
 
     def __init__(
-        self, context: Context, registry: Registry, sums: Sums, traffic: Traffic, optimizers: Optimizers
+        self,
+        context: Context,
+        registry: Registry,
+        sums: Sums,
+        secure: SecureRounds,
+        traffic: Traffic,
+        optimizers: Optimizers,
     ) -> None:
         self._context = context
         self._registry = registry
         self._sums = sums
+        self._secure = secure
         self._traffic = traffic
         self._optimizers = optimizers
         self._steps: dict[int, asyncio.Task[None]] = {}
@@ -46,7 +55,7 @@ class Conductor:
         self._expiry_ms: int | None = None
 
     def recover(self) -> None:
-        """At start, before any call: deletes the files of uploads that no living round waits for."""
+        """At start, before any call: deletes the files of uploads and the messages that no living round waits for."""
         with self._context.database.read() as tx:
             wanted = tx.execute(
                 select(tables.uploads.c.upload_id)
@@ -54,6 +63,9 @@ class Conductor:
                 .where(tables.rounds.c.state.in_(LIVE))
             ).scalars()
             self._context.spool.keep_only(set(wanted))
+        with self._context.database.transaction() as tx:
+            living = select(tables.rounds.c.round_id).where(tables.rounds.c.state.in_(LIVE))
+            tx.execute(delete(tables.secure_messages).where(tables.secure_messages.c.round_id.not_in(living)))
 
     async def run(self) -> None:
         """Until cancelled. A failing disk is logged and tried again; it stops nothing."""
@@ -98,6 +110,8 @@ class Conductor:
                 )
             ).scalar_one()
         moments = [self._housekeeping_ms]
+        if (moment := self._secure.advance()) is not None:
+            moments.append(moment)
         if self._expiry_ms is not None:
             moments.append(self._expiry_ms)
         for round in live:
@@ -131,6 +145,7 @@ class Conductor:
         while context.ended:
             round_id = context.ended[0]
             self._sums.drop(round_id)
+            self._secure.machines.drop(round_id)
             self._traffic.take(round_id)
             with context.database.transaction() as tx:
                 uploads = tables.uploads
@@ -138,6 +153,8 @@ class Conductor:
                     delete(uploads).where(uploads.c.round_id == round_id).returning(uploads.c.upload_id)
                 ).scalars()
                 discarded = list(gone)
+                # Shares of secrets are kept no longer than they are needed.
+                tx.execute(delete(tables.secure_messages).where(tables.secure_messages.c.round_id == round_id))
             context.spool.discard(discarded)
             context.ended.popleft()
 
@@ -171,10 +188,34 @@ class Conductor:
             round = rounds.read_round(tx, round_id)
         if round is None or round.state != State.AGGREGATING:
             return
-        computed = compute_next_version(context, self._sums, self._optimizers, round)
+        try:
+            if round.work == device_pb2.WORK_EVALUATE:
+                metrics = secure_sum(context, self._secure.machines, round).metrics
+                self._commit_secure_evaluation(round_id, metrics)
+                return
+            computed = compute_next_version(context, self._sums, self._secure.machines, self._optimizers, round)
+        except UnsoundSumError as error:
+            self._abandon_unsound(round_id, error)
+            return
         context.fault("commit.after_blobs")
         if commit_version(context, round_id, computed, self._traffic.take(round_id)):
             context.log.info("version committed", task=round.task_id, round=round.number, reports=computed.reports)
+
+    def _commit_secure_evaluation(self, round_id: int, metrics: common_pb2.Metrics) -> None:
+        context = self._context
+        with context.database.transaction() as tx:
+            round = rounds.read_round(tx, round_id)
+            if round is not None and round.state == State.AGGREGATING:
+                commit_evaluation(context, tx, round_id, Trigger.STEPPED, metrics)
+
+    def _abandon_unsound(self, round_id: int, error: UnsoundSumError) -> None:
+        """A member of the cohort broke the sum: nothing of it is used, and devices train anew."""
+        context = self._context
+        context.log.error("a secure sum does not check", round_id=round_id, error=str(error))
+        with context.database.transaction() as tx:
+            round = rounds.read_round(tx, round_id)
+            if round is not None and round.state == State.AGGREGATING:
+                abandon_round(context, tx, round, Trigger.NO_SUM, str(error))
 
     def _fail(self, round_id: int, error: Exception) -> None:
         context = self._context

@@ -6,6 +6,7 @@ Command-line options win over the environment, the environment over the file, th
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,12 @@ class Settings(BaseSettings):
     tls_key: Path | None = Field(None, description="PEM private key")
     tls_client_ca: Path | None = Field(None, description="PEM; clients must show a certificate that it signed (mTLS)")
 
+    # --- who vouches for devices in secure sums, see docs/threat-model.md
+    authority_public_key: str = Field(
+        "", description="Ed25519, 64 hex digits, of an offline enrolment authority; empty: the coordinator itself"
+    )
+    certificate_days: int = Field(365, ge=1, le=36_500, description="how long certificates are good that it issues")
+
     # --- limits
     chunk_bytes: int = Field(1 << 20, ge=1 << 10, le=16 << 20, description="largest chunk of a blob")
     max_blob_bytes: int = Field(2 << 30, ge=1, description="largest artifact or parameter blob")
@@ -81,6 +88,13 @@ class Settings(BaseSettings):
         host, separator, port = value.rpartition(":")
         if not (separator and host and port.isdecimal() and int(port) <= 65_535):
             raise ValueError(f"expected HOST:PORT, got {value!r}")
+        return value
+
+    @field_validator("authority_public_key")
+    @classmethod
+    def _key_in_hex(cls, value: str) -> str:
+        if value and not re.fullmatch("[0-9a-f]{64}", value):
+            raise ValueError("expected 64 lower-case hex digits")
         return value
 
     @model_validator(mode="after")

@@ -52,12 +52,17 @@ class Context:
     log: Log = field(default_factory=make_logger)
     work: Pulse = field(default_factory=Pulse)  #: places may be free: held check-ins look again
     due: Pulse = field(default_factory=Pulse)  #: a round has something to do: the conductor looks again
+    secure: Pulse = field(default_factory=Pulse)  #: a stage of a secure round closed: held steps look again
     news: Pulse = field(default_factory=Pulse)  #: a task has a new event: watchers look again
     ended: deque[int] = field(default_factory=deque)  #: rounds whose files and memory the conductor frees
     draining: bool = False  #: no new work is given; set once, at the end
 
     def __post_init__(self) -> None:
         self.signer_public_key = public_key_of(self.signer)
+        given = bytes.fromhex(self.settings.authority_public_key)
+        #: Who certifies devices: the signer's own key, unless the operator keeps another one offline.
+        self.authority_public_key = given or self.signer_public_key
+        self.is_own_authority = self.authority_public_key == self.signer_public_key
         self._id_lock = threading.Lock()
 
     def now(self) -> int:

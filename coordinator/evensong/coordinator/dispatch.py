@@ -22,9 +22,11 @@ from evensong.coordinator.admit import Call, Pacing, Registry
 from evensong.coordinator.assign import NoWork, assign, serving
 from evensong.coordinator.context import Context
 from evensong.coordinator.errors import RefusalError, StorageError
+from evensong.coordinator.pulse import Pulse
+from evensong.coordinator.secure import SECURE, SecureRounds
 from evensong.coordinator.sums import Sums
 from evensong.coordinator.traffic import Traffic
-from evensong.v1 import common_pb2, device_pb2
+from evensong.v1 import common_pb2, device_pb2, secagg_pb2
 from evensong.wire.chunks import crc32c
 from evensong.wire.transport import DEVICE_SERVICE, Metadata
 
@@ -54,6 +56,16 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """A step of a secure round whose stage is still open."""
+
+    call: Call
+    request: secagg_pb2.SecureRequest
+    hold_ms: int
+    response: secagg_pb2.SecureResponse
+
+
+@dataclass(frozen=True)
 class BlobRange:
     """What a device may download."""
 
@@ -66,16 +78,25 @@ class BlobRange:
 class DeviceDispatcher:
     """Implements :class:`evensong.wire.transport.Dispatcher`."""
 
-    def __init__(self, context: Context, registry: Registry, sums: Sums, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        context: Context,
+        registry: Registry,
+        pacing: Pacing,
+        sums: Sums,
+        secure: SecureRounds,
+        traffic: Traffic,
+    ) -> None:
         self._context = context
         self._registry = registry
         self._traffic = traffic
-        self._pacing = pacing = Pacing(context, registry)
+        self._pacing = pacing
+        self._secure = secure
         self._held = 0
         self._handlers: dict[str, Callable[[Call, Any], Message]] = {
             BEGIN_UPLOAD: partial(collect.begin_upload, context, pacing),
             UPLOAD_CHUNK: partial(collect.upload_chunk, context, pacing),
-            COMMIT_UPLOAD: partial(collect.commit_upload, context, pacing, sums),
+            COMMIT_UPLOAD: partial(collect.commit_upload, context, pacing, sums, secure),
             REPORT: partial(collect.report, context, pacing),
             ABORT: partial(collect.abort, context, pacing),
         }
@@ -83,9 +104,12 @@ class DeviceDispatcher:
     # ----------------------------------------------------------------------------------------------------- one answer
 
     async def call(self, method: str, body: bytes, metadata: Metadata) -> bytes:
-        """One request, one response. A check-in may be held until there is work."""
+        """One request, one response. A check-in may be held until there is work, a step of a secure round until its
+        stage is over."""
         if method == CHECK_IN:
             return await self._check_in(body, metadata)
+        if method == SECURE:
+            return await self._secure_step(body, metadata)
         return await self._context.run_blocking(self._answer, method, body, metadata)
 
     def _answer(self, method: str, body: bytes, metadata: Metadata) -> bytes:
@@ -187,28 +211,32 @@ class DeviceDispatcher:
         answer = await context.run_blocking(
             self._guarded, CHECK_IN, lambda: self._look(*self._admit(CHECK_IN, body, metadata))
         )
-        if isinstance(answer, Waiting) and answer.hold_ms and self._held < context.settings.held_check_ins:
-            answer = await self._hold(answer, changed)
+        if isinstance(answer, Waiting) and self._held < context.settings.held_check_ins:
+            look = partial(self._guarded, CHECK_IN, partial(self._look, answer.call, answer.request))
+            held = await self._hold(answer, answer.hold_ms, context.work, changed, look)
+            answer = replace(held, was_held=answer.hold_ms > 0) if isinstance(held, Waiting) else held
         return await context.run_blocking(self._finish_check_in, answer)
 
-    async def _hold(self, waiting: Waiting, changed: asyncio.Future[None]) -> Message | Waiting:
-        """What the check-in comes to after it was held; it may be nothing."""
-        context = self._context
-        answer: Message | Waiting = waiting
-        patience = asyncio.ensure_future(context.clock.sleep(waiting.hold_ms / 1000))
+    async def _hold(
+        self, answer: T, hold_ms: int, pulse: Pulse, changed: asyncio.Future[None], look: Callable[[], T | Message]
+    ) -> T | Message:
+        """What a call comes to that has no answer yet: it looks again at each beat, until it finds one, its patience
+        ends, or the daemon drains. ``changed`` was taken before the first look, so that no news is lost."""
+        context, kind = self._context, type(answer)
+        found: T | Message = answer
+        patience = asyncio.ensure_future(context.clock.sleep(hold_ms / 1000))
         self._held += 1
         context.telemetry.held.set(self._held)
         try:
-            while isinstance(answer, Waiting) and not patience.done() and not context.draining:
+            while hold_ms and isinstance(found, kind) and not patience.done() and not context.draining:
                 await asyncio.wait([changed, patience], return_when=asyncio.FIRST_COMPLETED)
-                changed = context.work.next()  # before the look, so that no news is lost after it
-                look = partial(self._look, waiting.call, waiting.request)
-                answer = await context.run_blocking(self._guarded, CHECK_IN, look)
+                changed = pulse.next()
+                found = await context.run_blocking(look)
         finally:
             patience.cancel()
             self._held -= 1
             context.telemetry.held.set(self._held)
-        return replace(answer, was_held=True) if isinstance(answer, Waiting) else answer
+        return found
 
     def _look(self, call: Call, request: device_pb2.CheckInRequest) -> device_pb2.CheckInResponse | Waiting:
         """An assignment, or why there is none."""
@@ -231,6 +259,7 @@ class DeviceDispatcher:
         if found.round_id is not None:
             self._traffic.assigned(call.device.device_id, found.round_id)
         found.response.serving.extend(serving(context, call.device.population))
+        found.response.certificate = self._new_certificate(call, request)
         return found.response
 
     def _finish_check_in(self, answer: Message | Waiting) -> bytes:
@@ -243,7 +272,10 @@ class DeviceDispatcher:
 
     def _no_work(self, waited: Waiting) -> device_pb2.CheckInResponse:
         context, found = self._context, waited.found
-        response = device_pb2.CheckInResponse(serving=serving(context, waited.call.device.population))
+        response = device_pb2.CheckInResponse(
+            serving=serving(context, waited.call.device.population),
+            certificate=self._new_certificate(waited.call, waited.request),
+        )
         if not found.fits:
             refused = RefusalError(
                 common_pb2.REFUSAL_REASON_INELIGIBLE, "the device fits no task", got="; ".join(found.reasons)
@@ -255,6 +287,30 @@ class DeviceDispatcher:
             # Who was held comes back at once to be held again.
             response.retry.CopyFrom(self._pacing.soon() if waited.was_held else self._pacing.idle())
         return response
+
+    def _new_certificate(self, call: Call, request: device_pb2.CheckInRequest) -> bytes:
+        return admit.renewed_certificate(self._context, call.device, request.certificate_expires_unix_ms)
+
+    # --------------------------------------------------------------------------------------------------- secure rounds
+
+    async def _secure_step(self, body: bytes, metadata: Metadata) -> bytes:
+        """Takes the step, and looks again whenever a stage closes, until there is an answer or no patience left."""
+        context = self._context
+        changed = context.secure.next()
+        answer = await context.run_blocking(
+            self._guarded, SECURE, lambda: self._step(*self._admit(SECURE, body, metadata))
+        )
+        if isinstance(answer, Pending):
+            look = partial(self._guarded, SECURE, partial(self._step, answer.call, answer.request))
+            answer = await self._hold(answer, answer.hold_ms, context.secure, changed, look)
+        return _encode(answer.response if isinstance(answer, Pending) else answer)
+
+    def _step(self, call: Call, request: secagg_pb2.SecureRequest) -> secagg_pb2.SecureResponse | Pending:
+        with self._noted(call):
+            response = self._secure.step(call, request)
+        if response.WhichOneof("next") is not None:
+            return response
+        return Pending(call, request, min(request.wait_ms, self._context.settings.max_hold_ms), response)
 
     # ------------------------------------------------------------------------------------------------------- download
 
@@ -329,6 +385,7 @@ _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     BEGIN_UPLOAD: (device_pb2.BeginUploadRequest, device_pb2.BeginUploadResponse),
     UPLOAD_CHUNK: (device_pb2.UploadChunkRequest, device_pb2.UploadChunkResponse),
     COMMIT_UPLOAD: (device_pb2.CommitUploadRequest, device_pb2.CommitUploadResponse),
+    SECURE: (secagg_pb2.SecureRequest, secagg_pb2.SecureResponse),
     REPORT: (device_pb2.ReportRequest, device_pb2.ReportResponse),
     ABORT: (device_pb2.AbortRequest, device_pb2.AbortResponse),
 }

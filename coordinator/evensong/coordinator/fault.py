@@ -28,6 +28,11 @@ CRASH_POINTS = (
     "collect.after_fsync",
     "collect.before_commit",
     "collect.after_commit",
+    *(
+        f"secure.{stage}.{moment}_commit"
+        for stage in ("advertise", "shares", "masked", "commit", "unmask", "close")
+        for moment in ("before", "after")
+    ),
     "aggregate.before_mean",
     "step.before",
     "step.after",

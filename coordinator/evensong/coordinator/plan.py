@@ -6,9 +6,14 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from evensong.secagg.vector import VectorPlan
 from evensong.v1 import device_pb2, task_pb2
 from evensong.wire.codecs import UpdateCodec
 from evensong.wire.tensors import Layout, layout_from_proto
+
+#: Attempts at a secure round's sum, and stages of one; then the round is abandoned, and devices train anew.
+SECURE_ATTEMPTS = 3
+SECURE_STAGES = 5
 
 
 @dataclass(frozen=True)
@@ -17,12 +22,35 @@ class Plan:
 
     bundle: task_pb2.TaskBundle
     layout: Layout
-    codec: UpdateCodec
+    codec: UpdateCodec | None  #: None where updates are summed securely
     update_bytes: int  #: of every update of this task
 
     @property
     def policy(self) -> task_pb2.RoundPolicy:
         return self.bundle.round
+
+    @property
+    def secure(self) -> task_pb2.SecurePlan | None:
+        return self.bundle.secure if self.bundle.HasField("secure") else None
+
+    @property
+    def stage_ms(self) -> int:
+        """How long a stage of a secure round waits."""
+        return self.bundle.secure.stage_ms
+
+    @property
+    def deadline_ms(self) -> int:
+        """From a round's first lease to its end: for a secure one, training and then the protocol at its slowest."""
+        protocol = SECURE_ATTEMPTS * SECURE_STAGES * self.stage_ms if self.secure else 0
+        return self.policy.deadline_ms + protocol
+
+    def vector(self, work: device_pb2.Work) -> VectorPlan:
+        """What is summed in a secure round."""
+        return VectorPlan.from_bundle(self.bundle, work)
+
+    def upload_bytes(self, work: device_pb2.Work) -> int:
+        """The length of what a device uploads for this work."""
+        return self.vector(work).nbytes if self.secure else self.update_bytes
 
     def goal(self, work: device_pb2.Work) -> int:
         """Reports that close a round of this kind."""
@@ -50,5 +78,7 @@ def parse_plan(payload: bytes) -> Plan:
     """The plan of a serialised TaskBundle that was checked when it was submitted."""
     bundle = task_pb2.TaskBundle.FromString(payload)
     layout = layout_from_proto(bundle.layout)
+    if bundle.HasField("secure"):
+        return Plan(bundle, layout, None, VectorPlan.from_bundle(bundle, device_pb2.WORK_TRAIN).nbytes)
     codec = UpdateCodec.from_plan(bundle.update)
     return Plan(bundle, layout, codec, codec.encoded_bytes(layout))

@@ -17,13 +17,14 @@ from evensong.coordinator import events, tables
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
 from evensong.coordinator.plan import Plan
+from evensong.secagg.states import ServerStage
 from evensong.v1 import common_pb2, device_pb2, operator_pb2
 from evensong.wire.errors import EvensongError
 
 
 class State(StrEnum):
     COLLECTING = "collecting"  #: training: leases are given, updates accepted
-    AGGREGATING = "aggregating"  #: training: the set of updates is fixed, the next version is computed
+    AGGREGATING = "aggregating"  #: the set of updates is fixed, the next version (or a secure evaluation) is computed
     EVALUATING = "evaluating"  #: evaluation: leases are given, metrics accepted
     COMMITTED = "committed"  #: the version or its metrics are stored
     ABANDONED = "abandoned"  #: nothing came of it
@@ -35,6 +36,8 @@ class Trigger(StrEnum):
     TOO_FEW = "too few"  #: the time is up and there are not
     STEPPED = "stepped"  #: the new version is computed
     FAILED = "failed"  #: it could not be computed: the task has failed
+    UNMASKED = "unmasked"  #: secure: every mask of the sum can be removed
+    NO_SUM = "no sum"  #: secure: the protocol came to none, or to one that does not check
     STOPPED = "stopped"  #: an operator stopped the task
     PROMOTED = "promoted"  #: an operator let training go on from another version
 
@@ -42,16 +45,21 @@ class Trigger(StrEnum):
 TRANSITIONS: dict[tuple[State, Trigger], State] = {
     (State.COLLECTING, Trigger.GOAL): State.AGGREGATING,
     (State.COLLECTING, Trigger.DEADLINE): State.AGGREGATING,
+    (State.COLLECTING, Trigger.UNMASKED): State.AGGREGATING,
     (State.COLLECTING, Trigger.TOO_FEW): State.ABANDONED,
+    (State.COLLECTING, Trigger.NO_SUM): State.ABANDONED,
     (State.COLLECTING, Trigger.STOPPED): State.ABANDONED,
     (State.COLLECTING, Trigger.PROMOTED): State.ABANDONED,
     (State.AGGREGATING, Trigger.STEPPED): State.COMMITTED,
     (State.AGGREGATING, Trigger.FAILED): State.ABANDONED,
+    (State.AGGREGATING, Trigger.NO_SUM): State.ABANDONED,
     (State.AGGREGATING, Trigger.STOPPED): State.ABANDONED,
     (State.AGGREGATING, Trigger.PROMOTED): State.ABANDONED,
     (State.EVALUATING, Trigger.GOAL): State.COMMITTED,
     (State.EVALUATING, Trigger.DEADLINE): State.COMMITTED,
+    (State.EVALUATING, Trigger.UNMASKED): State.AGGREGATING,
     (State.EVALUATING, Trigger.TOO_FEW): State.ABANDONED,
+    (State.EVALUATING, Trigger.NO_SUM): State.ABANDONED,
     (State.EVALUATING, Trigger.STOPPED): State.ABANDONED,
 }
 
@@ -80,8 +88,9 @@ def open_round(
     """A new round of ``work`` that starts from (or evaluates) ``version``."""
     training = work == device_pb2.WORK_TRAIN
     now = context.now()
-    tx.execute(
-        insert(tables.rounds).values(
+    round_id = tx.execute(
+        insert(tables.rounds)
+        .values(
             task_id=task_id,
             work=work,
             number=number,
@@ -92,9 +101,12 @@ def open_round(
             minimum=plan.minimum(work),
             opened_ms=now,
             # An evaluation that nobody can do must not keep its task from ending.
-            deadline_ms=None if training else now + plan.policy.deadline_ms,
+            deadline_ms=None if training else now + plan.deadline_ms,
         )
-    )
+        .returning(tables.rounds.c.round_id)
+    ).scalar_one()
+    if plan.secure is not None:
+        tx.execute(insert(tables.secure_attempts).values(round_id=round_id, attempt=1, stage=ServerStage.ADVERTISE))
     if training:
         tx.execute(update(tables.tasks).where(tables.tasks.c.task_id == task_id).values(round=number))
         events.append(context, tx, task_id, operator_pb2.EVENT_KIND_ROUND_STARTED, round=number, version=version)

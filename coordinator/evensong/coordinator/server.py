@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from evensong.coordinator import files
-from evensong.coordinator.admit import Registry
+from evensong.coordinator.admit import Pacing, Registry
 from evensong.coordinator.blobs import BlobStore
 from evensong.coordinator.conduct import Conductor
 from evensong.coordinator.config import ConfigurationError, Settings
@@ -33,6 +33,7 @@ from evensong.coordinator.errors import StorageError
 from evensong.coordinator.fault import Fault, no_fault
 from evensong.coordinator.operator_service import OperatorService
 from evensong.coordinator.operators import Operators
+from evensong.coordinator.secure import SecureRounds
 from evensong.coordinator.spool import Spool
 from evensong.coordinator.strategies import Optimizers
 from evensong.coordinator.sums import Sums
@@ -82,11 +83,13 @@ class CoordinatorCore:
         )
         context.database.migrate()
         registry, sums, traffic = Registry(), Sums(context), Traffic()
+        pacing = Pacing(context, registry)
+        secure = SecureRounds(context, pacing)
         optimizers = optimizers or Optimizers()
         self.registry = registry
-        self.devices = DeviceDispatcher(context, registry, sums, traffic)
+        self.devices = DeviceDispatcher(context, registry, pacing, sums, secure, traffic)
         self.operators = Operators(context, registry, optimizers)
-        self.conductor = Conductor(context, registry, sums, traffic, optimizers)
+        self.conductor = Conductor(context, registry, sums, secure, traffic, optimizers)
         self.conductor.recover()
         self._conducting: asyncio.Task[None] | None = None
 
@@ -98,6 +101,7 @@ class CoordinatorCore:
         """No new work; held check-ins are answered."""
         self.context.draining = True
         self.context.work.beat()
+        self.context.secure.beat()
         self.context.news.beat()
 
     async def stop(self) -> None:

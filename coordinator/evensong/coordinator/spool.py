@@ -116,6 +116,7 @@ class Admitted:
     fencing_token: int
     expires_ms: int
     sha256: str
+    size_bytes: int
     plan: Plan
 
 

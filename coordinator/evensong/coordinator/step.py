@@ -9,6 +9,8 @@ from sqlalchemy import Row, select
 from evensong.coordinator import rounds, tables
 from evensong.coordinator.context import Context
 from evensong.coordinator.plan import parse_plan
+from evensong.coordinator.secure_machines import Machines
+from evensong.coordinator.secure_sums import secure_sum
 from evensong.coordinator.strategies import Optimizers
 from evensong.coordinator.sums import Sums
 from evensong.v1 import common_pb2
@@ -28,7 +30,7 @@ class NextVersion:
 
 
 def compute_next_version(
-    context: Context, sums: Sums, optimizers: Optimizers, round: Row[tuple[object, ...]]
+    context: Context, sums: Sums, machines: Machines, optimizers: Optimizers, round: Row[tuple[object, ...]]
 ) -> NextVersion:
     """The server step over a round that accepts no more. Deterministic: after a crash it gives the same bits again."""
     with context.database.read() as tx:
@@ -41,7 +43,11 @@ def compute_next_version(
         entries, metrics = rounds.read_journal(tx, round.round_id)
     plan = parse_plan(base.bundle)
     context.fault("aggregate.before_mean")
-    mean = sums.complete(round.round_id, plan)
+    if plan.secure is not None:
+        summed = secure_sum(context, machines, round)
+        mean, metrics = summed.mean(plan.layout), summed.metrics
+    else:
+        mean = sums.complete(round.round_id, plan)
     context.fault("step.before")
     parameters, state = optimizers.create(plan.bundle.server).step(
         context.blobs.read(base.strategy_state_sha256),
@@ -53,7 +59,9 @@ def compute_next_version(
         metrics={
             "loss": metrics.loss_sum / metrics.examples,
             "accuracy": metrics.correct / metrics.examples,
-        },
+        }
+        if metrics.examples
+        else {},
     )
     context.fault("step.after")
     encoded = encode_tensors(parameters, plan.layout)

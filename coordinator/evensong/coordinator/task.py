@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from evensong.coordinator.bundle import STRATEGIES, TaskError, check_bundle, check_server_plan
+from evensong.coordinator.bundle import STRATEGIES, TaskError, check_bundle, check_server_plan, largest_cohort
 from evensong.v1 import common_pb2, task_pb2
 from evensong.wire.artifact import decode_artifact
 from evensong.wire.chunks import sha256
@@ -22,7 +22,17 @@ from evensong.wire.codecs import UpdateCodec
 from evensong.wire.program import Artifact, DType, Program, VariableFlag
 from evensong.wire.tensors import FloatArray, Layout, encode_tensors, layout_of, layout_to_proto
 
-__all__ = ["LocalTraining", "Personalization", "Strategy", "Task", "TaskError", "check_bundle", "check_server_plan"]
+__all__ = [
+    "AdaptiveClipping",
+    "LocalTraining",
+    "Personalization",
+    "SecureAggregation",
+    "Strategy",
+    "Task",
+    "TaskError",
+    "check_bundle",
+    "check_server_plan",
+]
 
 
 class SupportsToBytes(Protocol):
@@ -53,6 +63,31 @@ class Personalization:
     trainable: Sequence[str] = ()  #: patterns of the tensors to adapt; empty adapts all trainable ones
 
 
+@dataclass(frozen=True)
+class AdaptiveClipping:
+    """A clip norm that follows a quantile of the devices' update norms from round to round (Andrew et al. 2021)."""
+
+    initial: float = 1.0  #: of the first round
+    quantile: float = 0.9  #: share of the devices that shall not be clipped
+    rate: float = 1.0  #: how fast it follows; the paper's 0.2 suits noisy counts
+
+
+@dataclass(frozen=True)
+class SecureAggregation:
+    """The coordinator learns the sum of a cohort's updates and nothing else of them: ``docs/secagg.md``.
+
+    The protocol's degree, threshold and quorum follow from these assumptions; where they give no security the task is
+    refused.
+    """
+
+    bits: int = 8  #: of a value, 2 to 16; a parameter takes 1.6 to 4 bytes, by the size of the cohort
+    corrupted: float = 0.05  #: share of a cohort that may collude with the coordinator, below 0.5
+    dropout: float = 0.3  #: share that may be lost during the protocol (training comes before), below 0.5
+    min_survivors: int | None = None  #: a sum of fewer is never revealed; None: the task's ``min_reports``, at least 3
+    stage_seconds: float = 30.0  #: how long each of the five stages waits for devices
+    semi_malicious: bool = False  #: thresholds that do not rely on the quorum alone: more neighbours, more work
+
+
 @dataclass(frozen=True, init=False)
 class Strategy:
     """A server strategy with its arguments: ``Strategy("fedadam", eta=0.01)``. Absent ones take Flower's defaults."""
@@ -69,9 +104,10 @@ class Strategy:
 class Task:
     """A federated training task. ``artifact`` is a compiled model: its bytes, its file, or what ``compile`` returned.
 
-    The defaults are FedAvg (McMahan et al., AISTATS 2017) with 8-bit updates and the round policy of Bonawitz et al.,
-    *Towards federated learning at scale* (SysML 2019): over-selection by 1.3, and a round that has three quarters of
-    its goal at the deadline counts. What cannot be raises :class:`TaskError`, at once and not when a round runs.
+    The defaults are FedAvg (McMahan et al., AISTATS 2017) over secure sums of 8-bit updates, clipped adaptively and
+    weighted alike, and the round policy of Bonawitz et al., *Towards federated learning at scale* (SysML 2019):
+    over-selection by 1.3, and a round that has three quarters of its goal at the deadline counts. What cannot be raises
+    :class:`TaskError`, at once and not when a round runs.
     """
 
     name: str
@@ -87,10 +123,14 @@ class Task:
     evaluation_reports: int | None = None  #: reports wanted for an evaluation; None: ``goal``
     local: LocalTraining = field(default_factory=LocalTraining)
     personalization: Personalization | None = None
-    update: UpdateCodec = field(default_factory=UpdateCodec)  #: 8-bit integers
-    clip_norm: float | None = None  #: L2 norm over the whole update; None does not clip
-    weighting: Literal["examples", "uniform"] = "examples"
-    max_weight: float = 10_000.0  #: of one update
+    secure: SecureAggregation | None = field(default_factory=SecureAggregation)  #: None: each update is seen singly
+    update: UpdateCodec | None = None  #: without ``secure``; None: 8-bit integers
+    clip_norm: float | AdaptiveClipping | None = None  #: L2 norm of an update; None: adaptive if ``secure``, else none
+    #: None: "uniform" if ``secure``, else "examples"
+    weighting: Literal["examples", "uniform"] | None = None
+    #: of one update; None: 10,000, or 1 if uniform. A secure sum resolves weights in parts of it: choose it near the
+    #: largest number of examples that a device really has.
+    max_weight: float | None = None
     strategy: str | Strategy = "fedavg"
 
     def __post_init__(self) -> None:
@@ -148,6 +188,7 @@ class Task:
             round=self._round_policy(),
             server=task_pb2.ServerPlan(strategy=strategy.name, arguments=strategy.arguments),
             training_bytes=self._training_bytes(),
+            secure=self._secure_plan(),
         )
 
     def _local_plan(self) -> task_pb2.LocalPlan:
@@ -165,13 +206,57 @@ class Task:
 
     def _update_plan(self) -> task_pb2.UpdatePlan:
         weightings = {"examples": task_pb2.WEIGHTING_EXAMPLES, "uniform": task_pb2.WEIGHTING_UNIFORM}
-        if self.weighting not in weightings:
+        weighting = self.weighting or ("uniform" if self.secure else "examples")
+        if weighting not in weightings:
             raise TaskError("weighting is unknown", expected=" or ".join(weightings), got=self.weighting)
-        plan = self.update.to_plan()
-        plan.clip_norm = _positive("clip_norm", self.clip_norm)
-        plan.weighting = weightings[self.weighting]
-        plan.max_weight = self.max_weight
+        if self.secure and weighting == "examples" and self.max_weight is None:
+            raise TaskError(
+                "weights inside a secure sum need a bound",
+                expected="max_weight=...",
+                fix="Choose it near the largest number of examples that a device has: the sum resolves parts of it.",
+            )
+        if self.secure and self.update is not None:
+            raise TaskError(
+                "a secure sum packs updates itself",
+                got=self.update,
+                fix="Say SecureAggregation(bits=...), or secure=None for another codec.",
+            )
+        plan = self._codec_plan()
+        clip = AdaptiveClipping() if self.secure and self.clip_norm is None else self.clip_norm
+        if isinstance(clip, AdaptiveClipping):
+            plan.adaptive_clipping.CopyFrom(
+                task_pb2.AdaptiveClipping(initial=clip.initial, quantile=clip.quantile, rate=clip.rate)
+            )
+        else:
+            plan.clip_norm = _positive("clip_norm", clip)
+        plan.weighting = weightings[weighting]
+        plan.max_weight = (1.0 if weighting == "uniform" else 10_000.0) if self.max_weight is None else self.max_weight
         return plan
+
+    def _codec_plan(self) -> task_pb2.UpdatePlan:
+        if self.secure:
+            return task_pb2.UpdatePlan(
+                codec=task_pb2.CODEC_FIELDS, bits=_whole("secure.bits", self.secure.bits, least=2)
+            )
+        return (self.update or UpdateCodec()).to_plan()
+
+    def _secure_plan(self) -> task_pb2.SecurePlan | None:
+        secure, policy = self.secure, self._round_policy()
+        if secure is None:
+            return None
+        if not (math.isfinite(secure.stage_seconds) and secure.stage_seconds > 0):
+            raise TaskError(
+                "secure.stage_seconds is out of range", expected="a number above 0", got=secure.stage_seconds
+            )
+        survivors = max(3, policy.min_reports) if secure.min_survivors is None else secure.min_survivors
+        return task_pb2.SecurePlan(
+            corrupted_share=secure.corrupted,
+            dropout_share=secure.dropout,
+            min_survivors=_whole("secure.min_survivors", survivors),
+            max_cohort=largest_cohort(policy),
+            stage_ms=max(1, round(secure.stage_seconds * 1000)),
+            semi_malicious=secure.semi_malicious,
+        )
 
     def _round_policy(self) -> task_pb2.RoundPolicy:
         goal = _whole("goal", self.goal, least=1)

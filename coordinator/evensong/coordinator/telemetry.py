@@ -59,6 +59,21 @@ class Telemetry:
             buckets=(0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600),
             registry=registry,
         )
+        self.secure_messages = Counter(
+            "evensong_secure_messages", "Messages of secure rounds accepted", ["stage"], registry=registry
+        )
+        self.secure_stages = Counter(
+            "evensong_secure_stages", "Stages of secure rounds that closed", ["stage", "next"], registry=registry
+        )
+        self.secure_aborts = Counter(
+            "evensong_secure_aborts", "Attempts at a secure sum that came to none", ["stage"], registry=registry
+        )
+        self.secure_dropped = Counter(
+            "evensong_secure_dropped", "Devices that left a secure round", ["stage"], registry=registry
+        )
+        self.unmask_seconds = Histogram(
+            "evensong_unmask_seconds", "CPU time to remove the masks from a sum", registry=registry
+        )
         self._of_method: dict[str, Histogram] = {}
 
     def observe_call(self, method: str, seconds: float) -> None:
