@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 metadata = MetaData(
@@ -179,7 +180,36 @@ journal = Table(
     Column("loss_sum", Double, nullable=False),
     Column("correct", BigInteger, nullable=False),
     Column("accepted_ms", BigInteger, nullable=False),
+    # With adaptive clipping: the norm was at most the round's clip norm.
+    Column("within_clip_norm", Boolean, nullable=False, default=False, server_default=false()),
     UniqueConstraint("round_id", "device_id"),
+    sqlite_autoincrement=True,
+)
+
+#: What tasks have spent of their privacy: a row for each version of a task with a privacy plan, committed with it.
+privacy_ledger = Table(
+    "privacy_ledger",
+    metadata,
+    Column("entry", _Serial, primary_key=True, autoincrement=True),
+    Column("task_id", String(32), ForeignKey("tasks.task_id"), nullable=False),
+    Column("population", String(200), nullable=False, index=True),
+    Column("round", BigInteger, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("mechanism", Integer, nullable=False),
+    # Noise over sensitivity, as the accountant counts it.
+    Column("noise_multiplier", Double, nullable=False),
+    Column("clip_norm", Double, nullable=False),
+    Column("devices", BigInteger, nullable=False),
+    Column("sampling", Integer, nullable=False),
+    Column("sampling_probability", Double, nullable=False),
+    # Spent by the task with this release, and what one more would make of it; at the plan's delta.
+    Column("epsilon", Double, nullable=False),
+    Column("next_epsilon", Double, nullable=False),
+    Column("delta", Double, nullable=False),
+    # From it and the secret noise key the release's noise is made; empty where devices add it.
+    Column("noise_tag", String(64), nullable=False, default=""),
+    Column("created_ms", BigInteger, nullable=False),
+    UniqueConstraint("task_id", "version"),
     sqlite_autoincrement=True,
 )
 
