@@ -26,8 +26,8 @@ from evensong.secagg import (
     Session,
     SharedPrimitives,
     apply_masks,
+    certificates,
 )
-from evensong.secagg import certificates
 from evensong.secagg.server import SENDING
 from evensong.wire.chunks import sha256
 from evensong.wire.signing import device_id_of, public_key_of

@@ -24,7 +24,7 @@ _PRIMITIVES = Primitives()
 def issue(
     authority: Ed25519PrivateKey, public_key: bytes, population: str, not_after_unix_ms: int, serial: bytes
 ) -> bytes:
-    """A certificate that the device with this identity belongs to ``population``. ``serial`` is 16 fresh random bytes."""
+    """A certificate that the device with this identity belongs to ``population``. ``serial``: 16 fresh random bytes."""
     if len(serial) != SERIAL_BYTES or len(public_key) != KEY_BYTES:
         raise ValueError(f"a serial has {SERIAL_BYTES} bytes and a public key {KEY_BYTES}")
     head = serial + not_after_unix_ms.to_bytes(8, "little")

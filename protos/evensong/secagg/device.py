@@ -2,8 +2,8 @@
 
 The order of calls is the protocol's: :meth:`~DeviceMachine.advertise`, :meth:`~DeviceMachine.on_roster`,
 :meth:`~DeviceMachine.on_delivery`, :meth:`~DeviceMachine.mask` and :meth:`~DeviceMachine.masked`,
-:meth:`~DeviceMachine.on_survivors`, :meth:`~DeviceMachine.on_quorum`. Whatever else happens, a bad message or a call out
-of turn, ends in ABORTED with all secrets forgotten. Each secret is forgotten as soon as it is not needed any more.
+:meth:`~DeviceMachine.on_survivors`, :meth:`~DeviceMachine.on_quorum`. Whatever else happens, a bad message or a call
+out of turn, ends in ABORTED with all secrets forgotten. Each secret is forgotten as soon as it is not needed any more.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class _Secrets:
 class DeviceMachine:
     """One device in one attempt. A device that restarts makes a new machine: keys are never stored.
 
-    ``certificate`` is the authority's word on ``identity``; ``draw(n)`` gives n random bytes, from the operating system's
-    generator outside of tests.
+    ``certificate`` is the authority's word on ``identity``; ``draw(n)`` gives n random bytes, outside of tests from the
+    operating system's generator.
     """
 
     def __init__(
@@ -289,8 +289,8 @@ class DeviceMachine:
     # ----------------------------------------------------------------------------------------------------- 4, unmask
 
     def on_quorum(self, message: secagg_pb2.SecureQuorum) -> secagg_pb2.SecureUnmask:
-        """If a quorum signed the same survivors: of each neighbour that shared one share, of the seed if it survived, of the
-        mask key if not. The caller has written down before that the update is spent."""
+        """If a quorum signed the same survivors: of each neighbour that shared one share, of the seed if it survived, of
+        the mask key if not. The caller has written down before that the update is spent."""
         with self._step(DeviceTrigger.QUORUM):
             self._check_quorum(message)
             shares = []

@@ -2,8 +2,8 @@
 
 A mask is the AES-128-CTR keystream (SP 800-38A) under its key from counter 0, read as little-endian 64-bit lanes, and
 lanes are added modulo 2^64. A vector is worked on in pieces: a piece and the keystream's stay in the second-level cache
-while all streams pass over it. ``update_into`` and NumPy release the interpreter's lock, so threads share the lanes, and
-each starts its keystreams at its own counter.
+while all streams pass over it. ``update_into`` and NumPy release the interpreter's lock, so threads share the lanes,
+and each starts its keystreams at its own counter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Scratch:
 
 
 def add_mask(lanes: Lanes, key: bytes, sign: int, scratch: Scratch) -> None:
-    """Adds (``sign`` 1) or subtracts (-1) the mask of ``key`` in place; ``scratch`` holds at least min(a piece, lanes)."""
+    """Adds (``sign`` 1) or subtracts (-1) the mask of ``key`` in place; ``scratch`` holds a piece, or all lanes."""
     _pass_over(lanes, [(key, sign)], 0, scratch)
 
 

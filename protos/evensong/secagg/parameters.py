@@ -2,7 +2,7 @@
 
 Both sides compute these numbers from the size of the cohort and the signed plan, so that nobody can propose others.
 The rules stand in ``docs/secagg.md``; the conditions on degree and threshold are those of Bell et al. 2020, *Secure
-Single-Server Aggregation with (Poly)Logarithmic Overhead*, sections 3 and 4, with privacy error 2^-40 and failure 2^-20.
+Single-Server Aggregation with (Poly)Logarithmic Overhead*, sections 3 and 4: privacy error 2^-40, failure 2^-20.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def parameters_for(
 ) -> Parameters:
     """The parameters of a cohort of ``members``; :class:`ParameterError` says why there are none.
 
-    ``corrupted_share`` and ``dropout_share`` lie in [0, 0.5). ``semi_malicious`` asks for thresholds that hold even if the
-    coordinator tells devices different stories about who dropped out.
+    ``corrupted_share`` and ``dropout_share`` lie in [0, 0.5). ``semi_malicious`` asks for thresholds that hold even if
+    the coordinator tells devices different stories about who dropped out.
     """
     _check(members, corrupted_share, dropout_share, min_survivors)
     corrupted = math.floor(corrupted_share * members)

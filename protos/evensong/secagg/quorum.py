@@ -1,8 +1,8 @@
 """How many signatures of a quorum a device checks, and which.
 
-Two different survivor sets can have at most ``members + corrupted`` genuine signatures together, so of ``m`` claimed for
-one of them at least the share ``f = 1 - (members + corrupted) / (2 m)`` is forged. A random sample of ``s`` misses that
-with probability ``(1 - f)^s``, here below 2^-40 / members. See ``docs/secagg.md``.
+Two different survivor sets can have at most ``members + corrupted`` genuine signatures together, so of ``m`` claimed
+for one of them at least the share ``f = 1 - (members + corrupted) / (2 m)`` is forged. A random sample of ``s`` misses
+that with probability ``(1 - f)^s``, here below 2^-40 / members. See ``docs/secagg.md``.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Reveal:
                     self.wrong = {holder}
                     return
         if len(self._shares) >= max(self._decode_at, self._threshold + 2):
-            # Twice as many shares beyond the threshold each time: an owner whose shares fit nothing costs few decodings.
+            # Each time with twice the excess: an owner whose shares fit nothing costs few decodings.
             self._decode_at = 2 * len(self._shares) - self._threshold
             decoded = shamir.decode(self._shares, self._threshold)
             if decoded is not None and self._accept(decoded[0]):

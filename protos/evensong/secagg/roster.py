@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -120,7 +121,7 @@ def check_member(member: Member, context: bytes, primitives: Primitives) -> None
 
 def check_distinct(members: Sequence[Member]) -> None:
     """:class:`ProtocolError` if the members are not in the order of their ids, or one key is there twice."""
-    for before, after in zip(members, members[1:], strict=False):
+    for before, after in pairwise(members):
         if before.device_id >= after.device_id:
             raise ProtocolError("the roster is not in the order of ids, each once", got=after.device_id)
     keys = {key for member in members for key in (member.channel_key, member.mask_key)}

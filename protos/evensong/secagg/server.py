@@ -1,4 +1,4 @@
-"""The coordinator's side of one attempt at a secure sum. It does no input or output, and reads neither clock nor randomness.
+"""The coordinator's side of one attempt at a secure sum. It does no input or output, and has no clock or randomness.
 
 The machine is a function of the messages and closes that it got, so a coordinator that restarts builds it anew from
 what it stored. A stage takes messages with :meth:`ServerMachine.receive` until :meth:`ServerMachine.close`; after that
@@ -54,8 +54,8 @@ _Message = tuple[DeviceMessage, bytes | None]  # and the vector's SHA-256
 
 @dataclass(frozen=True)
 class Unmasking:
-    """What the lane-wise sum of the survivors' vectors still holds besides the sum of their inputs: ``masks`` (key, sign),
-    as :func:`evensong.secagg.masks.apply_masks` takes them, remove it."""
+    """What the lane-wise sum of the survivors' vectors still holds besides the sum of their inputs: ``masks`` (key,
+    sign), as :func:`evensong.secagg.masks.apply_masks` takes them, remove it."""
 
     masks: list[Mask] = field(repr=False)
 
@@ -138,8 +138,8 @@ class ServerMachine:
     ) -> bool:
         """Takes a message that the transport authenticated as this device's. False if the very same came before.
 
-        ``vector_sha256`` goes with SecureMasked: of the vector's bytes as they were committed. :class:`ProtocolError` if
-        anything is wrong; then nothing has changed.
+        ``vector_sha256`` goes with SecureMasked: of the vector's bytes as they were committed. :class:`ProtocolError`
+        if anything is wrong; then nothing has changed.
         """
         stage = STAGE_OF[type(message)]
         earlier = self._received[stage].get(device_id)
@@ -360,11 +360,11 @@ class ServerMachine:
     # --------------------------------------------------------------------------------------------------------- answer
 
     def answer(self, device_id: str, step: ServerStage | type[DeviceMessage]) -> Answer | None:
-        """What a device gets that completed ``step`` (a stage, or the type of its message); None while that stage is open,
-        and after the last.
+        """What a device gets that completed ``step`` (a stage, or the type of its message); None while that stage is
+        open, and after the last.
 
-        :class:`ProtocolError` if the device is not one of those that completed it, :class:`AbortedError` if the attempt is
-        over.
+        :class:`ProtocolError` if the device is not one of those that completed it, :class:`AbortedError` if the attempt
+        is over.
         """
         stage = step if isinstance(step, ServerStage) else STAGE_OF[step]
         if device_id not in self._received[stage]:
@@ -400,7 +400,7 @@ class ServerMachine:
     # ------------------------------------------------------------------------------------------------------ unmasking
 
     def unmasking(self) -> Unmasking:
-        """After DONE: the self masks of the survivors, and the pairwise masks between them and the sharers that dropped."""
+        """After DONE: the survivors' self masks, and the pairwise masks between them and the sharers that dropped."""
         if self.stage is not ServerStage.DONE:
             raise ProtocolError("there is nothing to unmask", expected="stage done", got=self.stage.value)
         roster, survivors = self._roster(), self._sets[ServerStage.MASKED]

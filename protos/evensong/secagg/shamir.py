@@ -1,8 +1,8 @@
 """Secrets in shares (Shamir 1979) over the integers modulo p = 2^256 + 297, the least prime above every 32-byte secret.
 
 Holder x (from 1) of a secret holds the value at x of a polynomial of degree ``threshold - 1`` whose value at 0 is the
-secret. Python's own integers are faster than NumPy at this size. Wrong shares among more than the threshold are found by
-decoding a Reed-Solomon code (Gao 2003, *A New Algorithm for Decoding Reed-Solomon Codes*).
+secret. Python's own integers are faster than NumPy at this size. Wrong shares among more than the threshold are found
+by decoding a Reed-Solomon code (Gao 2003, *A New Algorithm for Decoding Reed-Solomon Codes*).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _LAZY_STEPS = 24  # of Horner's rule between two reductions: the number stays be
 
 
 def split(secret: bytes, threshold: int, holders: Iterable[int], draw: Callable[[int], bytes]) -> list[int]:
-    """The share of each of ``holders`` (numbers from 1 on): any ``threshold`` of them give the 32-byte secret back, fewer
-    tell nothing. ``draw(n)`` gives n random bytes."""
+    """The share of each of ``holders`` (numbers from 1 on): any ``threshold`` of them give the 32-byte secret back,
+    fewer tell nothing. ``draw(n)`` gives n random bytes."""
     drawn = draw(_DRAWN_BYTES * (threshold - 1))
     coefficients = [
         int.from_bytes(drawn[start : start + _DRAWN_BYTES], "little") % PRIME
@@ -81,8 +81,8 @@ def lagrange_at_zero(holders: tuple[int, ...]) -> tuple[int, ...]:
 def without_one(shares: Mapping[int, int]) -> Iterator[tuple[int, bytes]]:
     """For threshold + 1 shares: each holder that may have sent a wrong one, with the secret that the others give.
 
-    Let F interpolate all. Without holder j, the others lie on F - d * prod over i != j of (x - x_i), d being F's highest
-    coefficient: all candidates cost hardly more than one.
+    Let F interpolate all. Without holder j, the others lie on F - d * prod over i != j of (x - x_i), d being F's
+    highest coefficient: all candidates cost hardly more than one.
     """
     holders = tuple(shares)
     weights = _inverses([math.prod(holder - x for x in holders if x != holder) % PRIME for holder in holders])
