@@ -49,7 +49,7 @@ Lanes = npt.NDArray[np.uint64]
 
 
 class Cohort:
-    """Device ``i`` has ``vectors[i]``; devices are not in the order of the roster. All randomness comes from ``seed``."""
+    """Device ``i`` has ``vectors[i]``; the roster has another order. All randomness comes from ``seed``."""
 
     def __init__(
         self,

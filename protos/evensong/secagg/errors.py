@@ -14,8 +14,8 @@ class ParameterError(SecureError):
 
 
 class ProtocolError(SecureError):
-    """A message breaks the protocol: malformed, replayed, forged, or out of turn. ``blamed`` is the id of the device that
-    it is certain to come from, if any."""
+    """A message breaks the protocol: malformed, replayed, forged, or out of turn. ``blamed`` is the id of the device
+    that it is certain to come from, if any."""
 
     def __init__(
         self,

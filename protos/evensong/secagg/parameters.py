@@ -17,7 +17,7 @@ import numpy.typing as npt
 from evensong.secagg.errors import ParameterError
 
 MIN_MEMBERS = 3
-#: Up to here the graph is complete: a sparse one saves little, and shares of so few members round to no one at all.
+#: Up to here the graph is complete: a sparse one saves little, and both shares of so few round to hardly anyone.
 COMPLETE_UP_TO = 64
 
 _LOG_INSECURE = -41 * math.log(2)
