@@ -64,9 +64,20 @@ def make_bundle(
     training_bytes: int = 1_000,
     min_examples: int = 1,
     population: str = POPULATION,
+    secure: task_pb2.SecurePlan | None = None,
+    clip_norm: float = 1.0,
 ) -> task_pb2.TaskBundle:
+    """A plan with float32 updates, or with 8-bit values in a secure sum."""
     update = (codec or UpdateCodec(bits=None)).to_plan()
     update.weighting, update.max_weight = weighting, max_weight
+    if secure is not None:
+        update = task_pb2.UpdatePlan(
+            codec=task_pb2.CODEC_FIELDS,
+            bits=8,
+            clip_norm=clip_norm,
+            weighting=task_pb2.WEIGHTING_UNIFORM,
+            max_weight=1.0,
+        )
     return task_pb2.TaskBundle(
         name=name,
         population=population,
@@ -85,6 +96,7 @@ def make_bundle(
         ),
         server=task_pb2.ServerPlan(strategy=strategy),
         training_bytes=training_bytes,
+        secure=secure,
     )
 
 
@@ -312,12 +324,12 @@ class World:
         await settle()
         return self.task_id
 
-    async def enrol(self, count: int) -> list[TinyDevice]:
+    async def enrol(self, count: int, kind: type[TinyDevice] = TinyDevice) -> list[TinyDevice]:
         """More devices, all enrolled with one token."""
         token = self.core.operators.create_enrolment_token(
             operator_pb2.CreateEnrolmentTokenRequest(request_id=new_request_id(), population=POPULATION, uses=count)
         ).token
-        new = [TinyDevice(self.core.devices, len(self.devices) + index, self.clock.unix_ms) for index in range(count)]
+        new = [kind(self.core.devices, len(self.devices) + index, self.clock.unix_ms) for index in range(count)]
         for device in new:
             assert not (await device.enrol(token)).HasField("refusal")
         self.devices += new

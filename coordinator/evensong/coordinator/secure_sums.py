@@ -15,6 +15,7 @@ from evensong.coordinator.context import Context
 from evensong.coordinator.plan import parse_plan
 from evensong.coordinator.secure_machines import Machines
 from evensong.coordinator.sums import Mean
+from evensong.secagg.errors import ProtocolError
 from evensong.secagg.masks import apply_masks
 from evensong.v1 import common_pb2, task_pb2
 from evensong.wire.errors import EvensongError, UpdateError
@@ -81,6 +82,6 @@ def secure_sum(context: Context, machines: Machines, round: Row[tuple[object, ..
             clip_norm=task_pb2.VersionManifest.FromString(base.payload).clip_norm or plan.bundle.update.clip_norm,
             seed=rotation_seed(bytes.fromhex(base.bundle_sha256), round.work, round.number),
         )
-    except UpdateError as error:
+    except (ProtocolError, UpdateError) as error:
         raise UnsoundSumError(f"the sum of {len(uploads)} devices does not check: {error}") from error
     return SecureSum(summed.update, summed.total_weight, summed.devices, summed.within, summed.metrics)
