@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from evensong.secagg.errors import ParameterError, ProtocolError
+from evensong.secagg.noise import DISTRIBUTED, local_sigma, noise_bound
 from evensong.secagg.packing import Fields, Lanes, width_for
 from evensong.v1 import common_pb2, device_pb2, task_pb2
 from evensong.wire.codecs import MAX_MAGNITUDE, RandomWords
@@ -98,8 +99,11 @@ class VectorPlan:
         width_for(self.max_cohort * 2 * self.bound)  # or no field holds the sum
 
     @classmethod
-    def from_bundle(cls, bundle: task_pb2.TaskBundle, work: device_pb2.Work, noise_bound: int = 0) -> VectorPlan:
-        """The vectors of a task with a :class:`SecurePlan`; :class:`ParameterError` if its bundle allows none."""
+    def from_bundle(cls, bundle: task_pb2.TaskBundle, work: device_pb2.Work) -> VectorPlan:
+        """The vectors of a task with a SecurePlan; :class:`ParameterError` if its bundle allows none.
+
+        Fields have room for the noise of devices if the privacy plan asks for it.
+        """
         update = bundle.update
         if update.codec != task_pb2.CODEC_FIELDS or not bundle.HasField("secure"):
             raise ParameterError("the task has no secure sums", expected="CODEC_FIELDS and a secure plan")
@@ -108,14 +112,17 @@ class VectorPlan:
             raise ParameterError(
                 "the largest weight cannot be summed in secret", expected=f"a whole number to {MAX_WEIGHT}", got=weight
             )
-        return cls(
+        plan = cls(
             size=0 if work == device_pb2.WORK_EVALUATE else layout_size(layout_from_proto(bundle.layout)),
             bits=update.bits,
             max_cohort=bundle.secure.max_cohort,
             max_weight=int(weight),
             private=bundle.HasField("privacy"),
-            noise_bound=noise_bound,
         )
+        if not plan.size or bundle.privacy.mechanism not in DISTRIBUTED:
+            return plan
+        # The noise is relative to the clip norm, as the step is. One more, for what rounds differently at another norm.
+        return replace(plan, noise_bound=noise_bound(local_sigma(bundle, 1.0, plan.step(1.0))) + 1)
 
     @property
     def largest(self) -> int:
