@@ -101,7 +101,7 @@ def test_a_sum_is_that_of_its_devices(size, bits, devices, max_weight, private, 
 @pytest.mark.parametrize("bits", RANGE)
 def test_the_error_is_below_a_step_and_its_mean_is_none(bits):
     plan = VectorPlan(size=1500, bits=bits, max_cohort=4)
-    delta = gaussian(1500)
+    delta = gaussian(1500, 0.999)
     reach = RANGE[bits] / math.sqrt(1500)
     clamped = np.clip(rotate(delta, SEED), -reach, reach)
     errors = []
