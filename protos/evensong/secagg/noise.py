@@ -100,19 +100,12 @@ def skellam(keystream: Keystream, sigma: float, count: int) -> Integers:
 
 
 def grid_of(sigma: float) -> float:
-    """The power of two on whose multiples real-valued noise of this ``sigma`` lies: 2^-29 to 2^-28 of it."""
-    return 2.0 ** (math.frexp(sigma)[1] - 29)
+    """The power of two on whose multiples real-valued noise of this ``sigma`` lies: 2^-29 to 2^-28 of it.
 
-
-def gaussian_on_grid(keystream: Keystream, sigma: float, count: int) -> npt.NDArray[np.float64]:
-    """``count`` draws of a discrete Gaussian over the multiples of ``grid_of(sigma)``; float64 [count], exact.
-
-    What it is added to must lie on the same grid: rounding moves a vector of ``count`` values by at most
-    ``grid_of(sigma) * sqrt(count) / 2``.
+    What it is added to must lie on the same grid; rounding to it moves a vector of ``d`` values by at most
+    ``grid * sqrt(d) / 2``.
     """
-    grid = grid_of(sigma)
-    noise: npt.NDArray[np.float64] = discrete_gaussian(keystream, sigma / grid, count) * np.float64(grid)
-    return noise
+    return 2.0 ** (math.frexp(sigma)[1] - 29)
 
 
 # -------------------------------------------------------------------------------------------------- inside a secure sum
@@ -160,16 +153,6 @@ DISTRIBUTED = (
     task_pb2.PRIVACY_MECHANISM_DISTRIBUTED_GAUSSIAN,
     task_pb2.PRIVACY_MECHANISM_DISTRIBUTED_SKELLAM,
 )
-
-
-def rounded_norm(norm: float, size: int) -> float:
-    """The L2 norm that a vector of ``size`` values and L2 norm ``norm`` may have after stochastic rounding to integers.
-
-    A device rounds anew until it does, which takes 1 / (1 - exp(-1/2)) = 2.55 tries on average at most (Kairouz, Liu
-    and Steinke 2021, conditional rounding with beta = exp(-1/2)). It is the sensitivity of a sum, in steps.
-    """
-    root = math.sqrt(size)
-    return min(math.sqrt(norm * norm + size / 4 + norm + root / 2), norm + root)
 
 
 # ------------------------------------------------------------------------------------------------ tables of thresholds
