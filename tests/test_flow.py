@@ -52,6 +52,7 @@ TASK = Task(
     rounds=1,
     goal=2,
     over_selection=1.0,
+    secure=None,  # two devices are no cohort
     local=LocalTraining(epochs=2, learning_rate=0.1, personal=["head.*"]),
     personalization=Personalization(epochs=2, learning_rate=0.05),
 )

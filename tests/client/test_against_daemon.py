@@ -37,6 +37,7 @@ def task(**local: object) -> Task:
         goal=DEVICES,
         over_selection=1.0,
         deadline=60.0,
+        secure=None,
         local=LocalTraining(epochs=1, learning_rate=0.3, **local),
         personalization=Personalization(epochs=2, learning_rate=0.1),
     )

@@ -36,6 +36,7 @@ def test_the_next_process_finishes_the_round_and_it_counts_once(daemon: Daemon, 
         over_selection=1.0,
         deadline=60.0,
         evaluate_every=0,
+        secure=None,
         local=LocalTraining(epochs=5, learning_rate=0.1),
     )
     task_id = daemon.ask(daemon.operator.submit(task, request_id=population.encode().ljust(16)))

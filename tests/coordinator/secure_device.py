@@ -92,9 +92,7 @@ class SecureDevice(TinyDevice):
     async def step(self, **step: Any) -> secagg_pb2.SecureResponse:
         wait_ms = step.pop("wait_ms", 60_000)
         self.last = step
-        request = secagg_pb2.SecureRequest(
-            lease=self.assignment.lease, attempt=self.attempt, wait_ms=wait_ms, **step
-        )
+        request = secagg_pb2.SecureRequest(lease=self.assignment.lease, attempt=self.attempt, wait_ms=wait_ms, **step)
         response: secagg_pb2.SecureResponse = await self.send("Secure", request, secagg_pb2.SecureResponse)
         return response
 
@@ -122,9 +120,7 @@ class SecureDevice(TinyDevice):
     async def wait(self, **fields: Any) -> secagg_pb2.SecureResponse:
         return await self.step(masked=secagg_pb2.SecureWait(), **fields)
 
-    async def commit_survivors(
-        self, survivors: secagg_pb2.SecureSurvivors, **fields: Any
-    ) -> secagg_pb2.SecureResponse:
+    async def commit_survivors(self, survivors: secagg_pb2.SecureSurvivors, **fields: Any) -> secagg_pb2.SecureResponse:
         return await self.step(commit=self.machine.on_survivors(survivors), **fields)
 
     async def unmask(self, quorum: secagg_pb2.SecureQuorum, **fields: Any) -> secagg_pb2.SecureResponse:
@@ -189,8 +185,7 @@ async def all_take_part(
 ) -> list[secagg_pb2.SecureEnd | str]:
     """Everybody at once, while time passes."""
     running = [
-        asyncio.ensure_future(device.take_part((leaving or {}).get(index, "")))
-        for index, device in enumerate(devices)
+        asyncio.ensure_future(device.take_part((leaving or {}).get(index, ""))) for index, device in enumerate(devices)
     ]
     for _ in range(patience_ms // 500):
         await settle()

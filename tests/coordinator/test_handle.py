@@ -44,6 +44,7 @@ def make_task(strategy: str | Strategy = "plain", rounds: int = ROUNDS) -> Task:
         rounds=rounds,
         goal=DEVICES,
         strategy=strategy,
+        secure=None,
         update=UpdateCodec(None),
         evaluate_every=1,
     )

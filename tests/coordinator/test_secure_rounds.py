@@ -159,7 +159,7 @@ def test_too_many_that_leave_before_the_end_are_one_more_attempt_under_new_keys(
     async def story() -> None:
         async with World(tmp_path / "data") as world:
             devices = await cohort(world, 8, minimum=3)
-            gone = {index: step for index in range(4)}
+            gone = dict.fromkeys(range(4), step)
             ends = await all_take_part(world, devices, gone)
             assert ends[:4] == ["left"] * 4
             assert [attempt.stage for attempt in stages(world)] == ["aborted", "done"]
@@ -172,7 +172,7 @@ def test_too_many_that_leave_while_shares_are_given_end_the_round(tmp_path: Path
     async def story() -> None:
         async with World(tmp_path / "data") as world:
             devices = await cohort(world, 8)
-            ends = await all_take_part(world, devices, {index: "unmask" for index in range(5)})
+            ends = await all_take_part(world, devices, dict.fromkeys(range(5), "unmask"))
             aborted = secagg_pb2.SECURE_OUTCOME_ABORTED
             assert [end.outcome for end in ends[5:]] == [aborted] * 3  # type: ignore[union-attr]
             assert len(world.versions()) == 1 and world.task().round == 2
@@ -325,7 +325,7 @@ def test_a_cohort_whose_count_does_not_add_up_is_thrown_away(tmp_path: Path) -> 
             assert [end.outcome for end in ends] == [DONE] * 4  # type: ignore[union-attr]
             await settle()
             assert len(world.versions()) == 1 and world.task().round == 2
-            message = [e.message for e in world.events() if e.kind == operator_pb2.EVENT_KIND_ROUND_ABANDONED][0]
+            message = next(e.message for e in world.events() if e.kind == operator_pb2.EVENT_KIND_ROUND_ABANDONED)
             assert "does not check" in message
 
     run(story())
@@ -424,7 +424,7 @@ def test_a_certificate_is_renewed_at_check_in_before_it_ends(tmp_path: Path) -> 
     run(story())
 
 
-# -------------------------------------------------------------------------------------------------- tasks that cannot be
+# ------------------------------------------------------------------------------------------------- tasks that cannot be
 
 
 @pytest.mark.parametrize(

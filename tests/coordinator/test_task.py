@@ -13,7 +13,16 @@ import pytest
 from served_coordinator import trainable_artifact
 
 import evensong.coordinator
-from evensong.coordinator.task import LocalTraining, Personalization, Strategy, Task, TaskError, check_bundle
+from evensong.coordinator.task import (
+    AdaptiveClipping,
+    LocalTraining,
+    Personalization,
+    SecureAggregation,
+    Strategy,
+    Task,
+    TaskError,
+    check_bundle,
+)
 from evensong.v1 import task_pb2
 from evensong.wire import CorruptError, TensorSpec, UpdateCodec, decode_tensors, sha256
 from evensong.wire.artifact import decode_artifact, encode_artifact
@@ -30,7 +39,10 @@ def test_the_defaults_make_a_whole_bundle() -> None:
         ("body.mean", (3,)),
         ("head.bias", (2,)),
     ]
-    assert (bundle.update.codec, bundle.update.bits) == (task_pb2.CODEC_QUANTIZED, 8)
+    assert (bundle.update.codec, bundle.update.bits) == (task_pb2.CODEC_FIELDS, 8)
+    assert (bundle.secure.min_survivors, bundle.secure.max_cohort, bundle.secure.stage_ms) == (6, 11, 30_000)
+    assert bundle.update.adaptive_clipping.initial == 1.0 and not bundle.update.clip_norm
+    assert (bundle.update.weighting, bundle.update.max_weight) == (task_pb2.WEIGHTING_UNIFORM, 1.0)
     assert (bundle.round.goal_reports, bundle.round.min_reports) == (8, 6)
     assert bundle.server.strategy == "fedavg"
     assert not bundle.local.HasField("personalization")
@@ -59,6 +71,7 @@ def test_every_field_arrives() -> None:
             personal=["head.*"],
         ),
         personalization=Personalization(epochs=3, learning_rate=0.2, trainable=("head.*",)),
+        secure=None,
         update=UpdateCodec(4, 64),
         clip_norm=2.0,
         weighting="uniform",
@@ -171,6 +184,14 @@ def without_training() -> bytes:
         ({"strategy": Strategy("fedadam", learning_rate=0.1)}, "no argument 'learning_rate'"),
         ({"strategy": Strategy("fedadam", eta=-1)}, "eta of 'fedadam' is out of range"),
         ({"strategy": "fed avg"}, "strategy's name is malformed"),
+        ({"goal": 2}, "three devices or more"),
+        ({"update": UpdateCodec(4)}, "packs updates itself"),
+        ({"weighting": "examples"}, "need a bound"),
+        ({"weighting": "examples", "max_weight": 1.5}, "must be whole"),
+        ({"clip_norm": AdaptiveClipping(quantile=1.5)}, "adaptive_clipping.quantile"),
+        ({"secure": SecureAggregation(bits=1)}, "secure.bits"),
+        ({"secure": SecureAggregation(corrupted=0.5)}, "secure.corrupted_share"),
+        ({"secure": SecureAggregation(corrupted=0.45, dropout=0.45)}, "secure sum cannot be"),
         ({"artifact": without_training()}, "no program 'train'"),
     ],
 )
@@ -229,7 +250,7 @@ def change(path: str, value: Any) -> Callable[[task_pb2.TaskBundle], None]:
     ids=lambda spoil: spoil.__name__,
 )
 def test_hostile_bundles_are_refused(spoil: Callable[[task_pb2.TaskBundle], None]) -> None:
-    bundle = Task("digits", ARTIFACT).to_bundle()
+    bundle = Task("digits", ARTIFACT, secure=None).to_bundle()
     spoil(bundle)
     with pytest.raises(TaskError):
         check_bundle(bundle)

@@ -50,6 +50,7 @@ def test_a_task_from_the_command_line(
         "2",
         "--goal",
         str(DEVICES),
+        "--no-secure",
         "--strategy",
         "fedadam",
         "--argument",

@@ -30,6 +30,7 @@ TASK = Task(
     rounds=3,
     goal=4,
     over_selection=1.0,
+    secure=None,
     local=LocalTraining(epochs=2, learning_rate=0.1),
     personalization=Personalization(epochs=2, learning_rate=0.05),
 )

@@ -9,7 +9,14 @@ from evensong.coordinator.credentials import AccessError, Tls
 from evensong.coordinator.handle import Coordinator, NotFoundError, RejectedError, TaskHandle
 from evensong.coordinator.strategies import Optimizers, ServerOptimizer
 from evensong.coordinator.strategy_state import StrategyError
-from evensong.coordinator.task import LocalTraining, Personalization, Strategy, Task
+from evensong.coordinator.task import (
+    AdaptiveClipping,
+    LocalTraining,
+    Personalization,
+    SecureAggregation,
+    Strategy,
+    Task,
+)
 from evensong.coordinator.views import (
     DeviceStatus,
     EventKind,
@@ -24,6 +31,7 @@ from evensong.wire.codecs import UpdateCodec
 
 __all__ = [
     "AccessError",
+    "AdaptiveClipping",
     "Coordinator",
     "DeviceStatus",
     "EventKind",
@@ -34,6 +42,7 @@ __all__ = [
     "Optimizers",
     "Personalization",
     "RejectedError",
+    "SecureAggregation",
     "ServerOptimizer",
     "Strategy",
     "StrategyError",

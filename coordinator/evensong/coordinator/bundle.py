@@ -82,11 +82,11 @@ def check_bundle(bundle: task_pb2.TaskBundle) -> None:
             raise TaskError(f"{name} is out of range", expected=bounds, got=value)
     if bundle.update.weighting not in (task_pb2.WEIGHTING_EXAMPLES, task_pb2.WEIGHTING_UNIFORM):
         raise TaskError("update.weighting is unknown", expected="examples or uniform", got=bundle.update.weighting)
-    _check_secure(bundle)
     if bundle.round.min_reports > bundle.round.goal_reports:
         raise TaskError(
             "min_reports is above the goal", expected=f"1 to {bundle.round.goal_reports}", got=bundle.round.min_reports
         )
+    _check_secure(bundle)
     _check_patterns("local.personal", bundle.local.personal)
     _check_patterns("personalization.trainable", bundle.local.personalization.trainable)
     if not _NAME.fullmatch(bundle.server.strategy) or len(bundle.server.arguments) > 100:

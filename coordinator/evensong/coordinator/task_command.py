@@ -17,7 +17,8 @@ from rich.table import Table
 from evensong.coordinator.bundle import TaskError
 from evensong.coordinator.command_line import FAILED, Address, CertificateAuthority, TokenFile, connected, run
 from evensong.coordinator.handle import DEFAULT_ADDRESS, Coordinator, NotFoundError
-from evensong.coordinator.task import LocalTraining, Strategy, Task
+from evensong.coordinator.plan import parse_plan
+from evensong.coordinator.task import LocalTraining, SecureAggregation, Strategy, Task
 from evensong.coordinator.views import EventKind, Metrics, TaskEvent, TaskState, TaskStatus
 from evensong.wire.codecs import UpdateCodec
 from evensong.wire.tensors import encode_tensors, layout_from_proto
@@ -43,7 +44,10 @@ def submit(
     epochs: Annotated[int, typer.Option(help="Local epochs.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Local learning rate.")] = 0.1,
     personal: Annotated[list[str] | None, typer.Option(help="Pattern of tensors that stay on the device.")] = None,
-    bits: Annotated[int, typer.Option(help="Bits of an update's values; 32: float32.")] = 8,
+    secure: Annotated[
+        bool, typer.Option(help="Learn only the sum of a cohort's updates; needs a goal of three or more.")
+    ] = True,
+    bits: Annotated[int, typer.Option(help="Bits of an update's values; 32 with --no-secure: float32.")] = 8,
     clip_norm: Annotated[float | None, typer.Option(help="L2 norm of an update.")] = None,
     strategy: Annotated[str, typer.Option(help="Server strategy.")] = "fedavg",
     argument: Annotated[list[str] | None, typer.Option(help="Of the strategy, as eta=0.01.")] = None,
@@ -64,7 +68,8 @@ def submit(
             goal=goal,
             deadline=deadline,
             local=LocalTraining(epochs=epochs, learning_rate=learning_rate, personal=personal or ()),
-            update=UpdateCodec(None if bits == 32 else bits),
+            secure=SecureAggregation(bits=bits) if secure else None,
+            update=None if secure else UpdateCodec(None if bits == 32 else bits),
             clip_norm=clip_norm,
             strategy=Strategy(strategy, **_arguments(argument or ())),
         )
@@ -102,7 +107,7 @@ def show(
     with connected(address, token_file, tls_ca) as coordinator:
         status = _find(coordinator, task)
     layout = layout_from_proto(status.bundle.layout)
-    codec = UpdateCodec.from_plan(status.bundle.update)
+    plan = parse_plan(status.bundle.SerializeToString())
     policy, server = status.bundle.round, status.bundle.server
     arguments = ", ".join(f"{key}={value:g}" for key, value in sorted(server.arguments.items()))
     table = Table(show_header=False, box=None)
@@ -119,7 +124,7 @@ def show(
         ),
         ("strategy", f"{server.strategy}({arguments})"),
         ("parameters", f"{sum(spec.size for spec in layout):,} in {len(layout)} tensors"),
-        ("update", f"{codec.encoded_bytes(layout):,} bytes"),
+        ("update", f"{plan.update_bytes:,} bytes, {'in a secure sum' if plan.secure else 'seen singly'}"),
         ("artifact", f"{status.bundle.artifact.size_bytes:,} bytes, sha256 {status.bundle.artifact.sha256.hex()}"),
         ("created", f"{status.created:%Y-%m-%d %H:%M:%S} UTC"),
     ):

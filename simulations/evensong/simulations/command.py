@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from evensong.coordinator import LocalTraining, Personalization, Task
+from evensong.coordinator import LocalTraining, Personalization, SecureAggregation, Task
 from evensong.simulations.assess import summarise, write_all
 from evensong.simulations.cli import run_app
 from evensong.simulations.data import DataError, load_dataset
@@ -44,7 +44,8 @@ def simulate_command(
         str | None, typer.Option(help="skew:ALPHA, iid, dirichlet:ALPHA or pathological:CLASSES.")
     ] = None,
     strategy: Annotated[str, typer.Option(help="The server's: fedavg, fedavgm, fedadam, ...")] = "fedavg",
-    bits: Annotated[int, typer.Option(min=1, max=32, help="Of each value of an update; 32 sends float32.")] = 8,
+    secure: Annotated[bool, typer.Option(help="Sum updates securely, as the demo does.")] = True,
+    bits: Annotated[int, typer.Option(min=1, max=32, help="Of an update's values; 32 with --no-secure: float32.")] = 8,
     lost: Annotated[float, typer.Option(min=0, max=0.9, help="Share of messages that the network loses.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Decides everything: the same seed gives the same bits.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder for report, artifacts and results.")] = None,
@@ -62,7 +63,8 @@ def simulate_command(
         over_selection=1.0 if goal in (None, count) else 1.3,
         local=LocalTraining(scenario.epochs, scenario.learning_rate, scenario.final_learning_rate),
         personalization=Personalization(scenario.personal_epochs, scenario.personal_learning_rate),
-        update=UpdateCodec(bits=None if bits == 32 else bits),
+        secure=SecureAggregation(bits=bits) if secure else None,
+        update=None if secure else UpdateCodec(bits=None if bits == 32 else bits),
         strategy=strategy,
     )
     console = Console()
