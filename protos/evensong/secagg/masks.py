@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 Lanes = npt.NDArray[np.uint64]
 Mask = tuple[bytes, int]  #: key of 16 bytes, and +1 to add or -1 to take away
 
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 17
 _PIECE_LANES = PIECE_BYTES // 8
 _BLOCK_BYTES = 16
 _STREAMS = 256  # open at a time
