@@ -1,4 +1,4 @@
-"""A whole cohort's secure sum in one process: the real machines of every device and of the coordinator, and all messages.
+"""A whole cohort's secure sum in one process: the real machines of all devices and the coordinator, and all messages.
 
     result = run_cohort(10_000, vector_of, policy=policy, dropped={ServerStage.MASKED: late, ServerStage.COMMIT: gone})
 
@@ -37,7 +37,6 @@ from evensong.wire.signing import device_id_of, public_key_of
 
 Lanes = npt.NDArray[np.uint64]
 
-_POPULATION = "simulation"
 _NOW_UNIX_MS = 1_767_225_600_000
 _DAY_MS = 86_400_000
 
@@ -72,9 +71,9 @@ def run_cohort(
 
 
 class SecureCohort:
-    """What :func:`run_cohort` runs, with the two turns of the protocol as methods, so that a benchmark can watch them.
+    """What :func:`run_cohort` runs, with a device's turn and the unmasking as methods: a benchmark can watch them.
 
-    ``primitives_of(index)`` gives a device's primitives, and with None the coordinator's; all share by default.
+    ``primitives_of(index)`` gives the primitives of a device, or with None of the coordinator; all share by default.
     """
 
     def __init__(
@@ -87,52 +86,36 @@ class SecureCohort:
         threads: int = 1,
         primitives_of: Callable[[int | None], Primitives] | None = None,
     ) -> None:
-        self._random = random.Random(seed)
-        self._vector_of = vector_of
-        self._policy = policy
-        self._threads = threads
-        self._total: Lanes | None = None
         shared = SharedPrimitives()
-        primitives_of = primitives_of or (lambda index: shared)
-        authority, signer = self._new_key(), self._new_key()
-        session = Session(
+        self.random = random.Random(seed)
+        self.policy = policy
+        self.threads = threads
+        self.vector_of = vector_of
+        self.primitives_of = primitives_of or (lambda _: shared)
+        self.authority, self.signer = self._new_key(), self._new_key()
+        self.session = Session(
             bundle_sha256=sha256(b"bundle"),
             manifest_sha256=sha256(b"manifest"),
-            task_id=self._random.randbytes(16).hex(),
+            task_id=self.random.randbytes(16).hex(),
             work=device_pb2.WORK_TRAIN,
             round=1,
             attempt=1,
-            population=_POPULATION,
+            population="simulation",
         )
-
-        def machine(index: int) -> DeviceMachine:
+        self.devices: list[DeviceMachine] = []
+        self.ids: list[str] = []
+        for index in range(devices):
             identity = self._new_key()
-            return DeviceMachine(
-                session,
-                policy,
-                identity=identity,
-                certificate=certificates.issue(
-                    authority,
-                    public_key_of(identity),
-                    _POPULATION,
-                    _NOW_UNIX_MS + _DAY_MS,
-                    self._random.randbytes(certificates.SERIAL_BYTES),
-                ),
-                authority_public_key=public_key_of(authority),
-                coordinator_public_key=public_key_of(signer),
-                draw=self._random.randbytes,
-                primitives=primitives_of(index),
-            )
-
-        self.devices = [machine(index) for index in range(devices)]
-        self.ids: list[str] = []  #: by index, known once a device advertised
+            self.ids.append(device_id_of(public_key_of(identity)))
+            self.devices.append(self._new_device(index, identity))
         self.server = ServerMachine(
-            session,
+            self.session,
             policy,
-            signer=signer,
-            authority_public_key=public_key_of(authority),
-            primitives=primitives_of(None),
+            signer=self.signer,
+            authority_public_key=public_key_of(self.authority),
+            primitives=self.primitives_of(None),
         )
+        self._total: Lanes | None = None
 
     def run(self, dropped: Mapping[ServerStage, Collection[int]]) -> CohortResult:
         """See :func:`run_cohort`. Once."""
@@ -140,7 +123,71 @@ class SecureCohort:
         for stage in SENDING:
             present -= set(dropped.get(stage, ()))
             for index in sorted(present):
-                self._turn(index, stage)
+                self._exchange(index, stage)
             if self.server.close() is ServerStage.ABORTED:
-                raise AbortedError(f"the cohort's sum was given up: {self.server.reason}")
-        return self._result()
+                raise AbortedError("the cohort has no sum", got=self.server.reason)
+        total, parameters = self._total, self.server.parameters
+        assert total is not None and parameters is not None
+        self.unmask(total)
+        server, index_of = self.server, {device_id: index for index, device_id in enumerate(self.ids)}
+        senders = (server.members, server.sharers, server.survivors, server.signers, server.revealers)
+        return CohortResult(
+            total,
+            tuple(sorted(index_of[device_id] for device_id in server.survivors)),
+            parameters,
+            dict(zip(SENDING, map(len, senders), strict=True)),
+        )
+
+    def _exchange(self, index: int, stage: ServerStage) -> None:
+        """The device gets the answer to its last message and sends the next."""
+        device_id = self.ids[index]
+        answer = None
+        if stage is not ServerStage.ADVERTISE:
+            answer = self.server.answer(device_id, SENDING[SENDING.index(stage) - 1])
+        message, vector = self.device_turn(index, answer)
+        digest = sha256(vector.data) if vector is not None else None
+        self.server.receive(device_id, message, vector_sha256=digest, now_unix_ms=_NOW_UNIX_MS)
+        if vector is not None:
+            self._total = vector if self._total is None else np.add(self._total, vector, out=self._total)
+
+    def device_turn(self, index: int, answer: Answer | None) -> tuple[DeviceMessage, Lanes | None]:
+        """What a device does with an answer, None at first: its message, and its vector if that is the masked one."""
+        device = self.devices[index]
+        if answer is None:
+            return device.advertise(), None
+        if isinstance(answer, secagg_pb2.SecureRoster):
+            return device.on_roster(answer, _NOW_UNIX_MS), None
+        if isinstance(answer, secagg_pb2.SecureDelivery):
+            device.on_delivery(answer)
+            vector = self.vector_of(index)
+            device.mask(vector)
+            return device.masked(sha256(vector.data)), vector
+        if isinstance(answer, secagg_pb2.SecureSurvivors):
+            return device.on_survivors(answer), None
+        return device.on_quorum(answer), None
+
+    def unmask(self, total: Lanes) -> None:
+        """Takes the masks off the sum of the survivors' vectors, in place."""
+        apply_masks(total, self.server.unmasking().masks, self.threads)
+
+    def _new_device(self, index: int, identity: Ed25519PrivateKey) -> DeviceMachine:
+        certificate = certificates.issue(
+            self.authority,
+            public_key_of(identity),
+            self.session.population,
+            _NOW_UNIX_MS + _DAY_MS,
+            self.random.randbytes(certificates.SERIAL_BYTES),
+        )
+        return DeviceMachine(
+            self.session,
+            self.policy,
+            identity=identity,
+            certificate=certificate,
+            authority_public_key=public_key_of(self.authority),
+            coordinator_public_key=public_key_of(self.signer),
+            draw=self.random.randbytes,
+            primitives=self.primitives_of(index),
+        )
+
+    def _new_key(self) -> Ed25519PrivateKey:
+        return Ed25519PrivateKey.from_private_bytes(self.random.randbytes(32))
