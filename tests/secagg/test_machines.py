@@ -62,9 +62,12 @@ def test_the_sum_is_exact(count: int) -> None:
     assert {device.state for device in cohort.devices} == {DeviceState.REVEALED}
 
 
-def test_the_sum_is_exact_without_shared_work() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_sum_is_exact_without_shared_work(threads: int) -> None:
     inputs = vectors(6)
-    assert np.array_equal(Cohort(inputs, primitives=Primitives()).play(), total(inputs))
+    cohort = Cohort(inputs, primitives=Primitives())
+    cohort.devices = [cohort.new_device(index, threads=threads) for index in range(6)]
+    assert np.array_equal(cohort.play(), total(inputs))
 
 
 @pytest.mark.parametrize("stage", SENDING)

@@ -17,8 +17,8 @@ from evensong.v1 import task_pb2
 pytestmark = pytest.mark.secagg
 
 SIZES = (100, 1_000, 10_000)
-# corrupted share, drop-out share, semi-malicious: degree/threshold at those sizes, as google-parfait/federated-compute has
-# them. At n = 10,000, .33, .1, semi-malicious it has 314/245; by exact arithmetic 310/242 is the least that fits.
+# Corrupted share, drop-out share, semi-malicious: degree/threshold at those sizes, as in google-parfait/federated-compute.
+# At n = 10,000, .33, .1, semi-malicious it has 314/245; by exact arithmetic 310/242 is the least that fits.
 PUBLISHED = [
     (0.05, 0.05, False, "12/6 30/17 34/20"),
     (0.1, 0.1, False, "22/11 48/27 54/31"),

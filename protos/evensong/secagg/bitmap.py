@@ -26,7 +26,7 @@ def from_places(places: Iterable[int]) -> int:
 
 def places(members: int, count: int) -> list[int]:
     """The places of a set among ``count`` members, ascending."""
-    return [int(place) for place in np.flatnonzero(flags(members, count))]
+    return list(np.flatnonzero(flags(members, count)).tolist())
 
 
 def flags(members: int, count: int) -> npt.NDArray[np.bool_]:

@@ -59,7 +59,7 @@ class DeviceMachine:
     """One device in one attempt. A device that restarts makes a new machine: keys are never stored.
 
     ``certificate`` is the authority's word on ``identity``; ``draw(n)`` gives n random bytes, outside of tests from the
-    operating system's generator.
+    operating system's generator. ``threads`` share the two long computations: certificates of the cohort, and masks.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class DeviceMachine:
         coordinator_public_key: bytes,
         draw: Callable[[int], bytes],
         primitives: Primitives | None = None,
+        threads: int = 1,
     ) -> None:
         self.session = session
         self.policy = policy
@@ -83,6 +84,7 @@ class DeviceMachine:
         self._coordinator_public_key = coordinator_public_key
         self._draw = draw
         self._primitives = primitives or Primitives()
+        self._threads = threads
         self._secrets = _Secrets()
         self._advertised: secagg_pb2.SecureAdvertise | None = None
         self._known_roster: Roster | None = None
@@ -180,6 +182,7 @@ class DeviceMachine:
                 coordinator_public_key=self._coordinator_public_key,
                 now_unix_ms=now_unix_ms,
                 primitives=self._primitives,
+                threads=self._threads,
             ),
         )
         this = read_member(self._advertised)
@@ -227,7 +230,7 @@ class DeviceMachine:
                 raise ProtocolError("mask is out of turn", expected="once, after the delivery", got=self.state.value)
             masks = self._masks()
             self._is_masked = True
-            apply_masks(lanes, masks)
+            apply_masks(lanes, masks, self._threads)
 
     def _masks(self) -> list[Mask]:
         roster, own = self._roster(), self._secrets

@@ -7,6 +7,7 @@ cohorts whose keys do not fit each other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -160,6 +161,7 @@ def read_roster(
     coordinator_public_key: bytes,
     now_unix_ms: int,
     primitives: Primitives,
+    threads: int = 1,
 ) -> Roster:
     """The cohort, if the coordinator signed it for this attempt and the authority certified every member.
 
@@ -174,8 +176,16 @@ def read_roster(
     roster = make_roster(members, session, policy)
     signed = roster_bytes(roster.context, roster.hash)
     primitives.verify(coordinator_public_key, message.signature, signed, "the coordinator's signature on the roster")
-    for member in members:
-        certificates.check(
-            member.certificate, member.public_key, session.population, authority_public_key, now_unix_ms, primitives
-        )
+
+    def check_certificates(part: Sequence[Member]) -> None:
+        for member in part:
+            certificates.check(
+                member.certificate, member.public_key, session.population, authority_public_key, now_unix_ms, primitives
+            )
+
+    if threads == 1:
+        check_certificates(members)
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # Ed25519 releases the interpreter's lock
+            list(pool.map(check_certificates, [members[first::threads] for first in range(threads)]))
     return roster
