@@ -34,6 +34,7 @@ from evensong.coordinator.fault import Fault, no_fault
 from evensong.coordinator.operator_service import OperatorService
 from evensong.coordinator.operators import Operators
 from evensong.coordinator.secure import SecureRounds
+from evensong.coordinator.privacy.keys import NoiseKey, load_noise_key
 from evensong.coordinator.spool import Spool
 from evensong.coordinator.strategies import Optimizers
 from evensong.coordinator.sums import Sums
@@ -65,6 +66,7 @@ class CoordinatorCore:
         run_blocking: RunBlocking,
         rng: random.Random | None = None,
         signer: Ed25519PrivateKey | None = None,
+        noise_key: NoiseKey | None = None,
         optimizers: Optimizers | None = None,
         fault: Fault = no_fault,
     ) -> None:
@@ -75,6 +77,7 @@ class CoordinatorCore:
             blobs=BlobStore(settings.blob_url or str(folder / "blobs"), folder / "staging", durable=settings.durable),
             spool=Spool(folder / "uploads"),
             signer=signer or load_signer(folder / "signer.key"),
+            noise_key=noise_key or load_noise_key(folder / "noise.key"),
             clock=clock,
             rng=rng or random.SystemRandom(),
             run_blocking=run_blocking,
@@ -84,7 +87,7 @@ class CoordinatorCore:
         context.database.migrate()
         registry, sums, traffic = Registry(), Sums(context), Traffic()
         pacing = Pacing(context, registry)
-        secure = SecureRounds(context, pacing)
+        self.secure = secure = SecureRounds(context, pacing)
         optimizers = optimizers or Optimizers()
         self.registry = registry
         self.devices = DeviceDispatcher(context, registry, pacing, sums, secure, traffic)
