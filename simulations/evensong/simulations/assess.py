@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from evensong.coordinator import EventKind, TaskEvent
+from evensong.coordinator import EventKind, Task, TaskEvent
 from evensong.mobile_runtime import engine_info, load
 from evensong.mobile_runtime.memory import memory_report
 from evensong.mobile_runtime.session import Session
@@ -31,8 +31,9 @@ def summarise(
     seed: int,
     seconds: float,
     notes: Mapping[str, str],
+    task: Task,
 ) -> Results:
-    """A whole run. ``accounts`` are by the names of the fleet's shards; ``events`` are the task's history.
+    """A whole run of ``task``. ``accounts`` are by the names of the fleet's shards; ``events`` are the task's history.
 
     What the devices answered is taken from their accounts; only the initial model, and the models on examples of no
     device, are asked here.
@@ -75,12 +76,24 @@ def summarise(
         if test is None
         else {"before": accuracy(ask(initial, test), test), "federated": accuracy(ask(final, test), test)},
         samples=samples_of(participants),
+        coordinator_saw=what_the_coordinator_saw(task),
         notes={
             "engine": " ".join(filter(None, (engine_info().engine, engine_info().instruction_set))),
             "artifact": artifact_hash(artifact),
             "trained artifact": artifact_hash(trained),
             **notes,
         },
+    )
+
+
+def what_the_coordinator_saw(task: Task) -> str:
+    """In one sentence."""
+    if task.secure is None:
+        return "The coordinator saw each device's update and accuracy while it added them up, and kept only the sums."
+    least = task.to_bundle().secure.min_survivors
+    return (
+        f"Of each round the coordinator saw masked vectors and their sum over {least} devices or more: who took part, but "
+        "no single device's update, loss or accuracy."
     )
 
 

@@ -119,6 +119,7 @@ def _results(
             "messages lost": f"{lost:,}",
             "parameters": simulation.parameters_sha256,
         },
+        task=task,
     )
 
 

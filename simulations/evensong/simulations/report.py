@@ -50,7 +50,8 @@ def _headline(results: Results) -> str:
     cells = "".join(
         f"<li><b>{big}</b><span>{escape(what)}</span><small>{escape(more)}</small></li>" for big, what, more in tiles
     )
-    return f'<ul class="tiles">{cells}</ul>'
+    saw = f"<p>{escape(results.coordinator_saw)}</p>" if results.coordinator_saw else ""
+    return f'<ul class="tiles">{cells}</ul>{saw}'
 
 
 def _learning(results: Results) -> str:

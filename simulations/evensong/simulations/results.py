@@ -74,6 +74,7 @@ class Results:
     newcomers: tuple[DeviceOutcome, ...] = ()
     global_test: Mapping[str, float] = field(default_factory=dict)  #: "before" and "federated" on examples of no device
     samples: tuple[Sample, ...] = ()
+    coordinator_saw: str = ""  #: one sentence: what it could see of the devices, and what not
     notes: Mapping[str, str] = field(default_factory=dict)  #: engine, versions, hashes: shown as they are
 
     def accuracy(self) -> dict[str, float]:
@@ -97,6 +98,7 @@ class Results:
             "seconds": round(self.seconds, 3),
             "seed": self.seed,
             "memory": dict(self.memory),
+            "coordinator_saw": self.coordinator_saw,
             "per_device": [asdict(device) for device in self.devices],
             "per_round": [asdict(each) for each in self.rounds],
             "notes": dict(self.notes),

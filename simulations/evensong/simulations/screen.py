@@ -88,6 +88,8 @@ def show_results(console: Console, results: Results) -> None:
     for what, figure in _figures(results):
         figures.add_row(f"[dim]{what}[/]", figure)
     console.print(figures)
+    if results.coordinator_saw:
+        console.print(f"\n{results.coordinator_saw}")
 
 
 def _figures(results: Results) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from evensong.coordinator import (
     Coordinator,
     LocalTraining,
     Personalization,
+    SecureAggregation,
     Task,
     TaskEvent,
     TaskHandle,
@@ -37,6 +38,7 @@ from evensong.simulations.witness import Account
 from evensong.wire.errors import EvensongError
 
 COORDINATOR = "coordinator"
+LEAST_COHORT = 3  # devices in a secure sum
 _START_S = 30.0
 _LAST_WORDS_S = 120.0  # for a device to personalise and end, once the task is complete
 _STALLED_S = 300.0  # without any event: two round deadlines and more
@@ -84,6 +86,8 @@ def run_demo(plan: Plan, stage: Stage) -> Results:
     started = time.monotonic()
 
     # 1. Real data, dealt to devices that share nothing.
+    if plan.devices < LEAST_COHORT:
+        stage.say(f"fewer than {LEAST_COHORT} devices: nobody to hide among, so each update is seen as it arrives")
     stage.say(f"dealing {plan.scenario.title.lower()} to {plan.devices} devices")
     fleet = _deal(plan)
 
@@ -134,6 +138,7 @@ def run_demo(plan: Plan, stage: Stage) -> Results:
         seed=plan.seed,
         seconds=time.monotonic() - started,
         notes={"cores": str(os.cpu_count())},
+        task=task,
     )
     write_all(results, artifact, trained, plan.output)
     return results
@@ -152,8 +157,10 @@ def _deal(plan: Plan) -> Fleet:
 
 
 def _task(plan: Plan, artifact: bytes) -> Task:
-    """All devices take part in every round; a version is measured on all of them."""
+    """All devices take part in every round; a version is measured on all of them. Both are secure sums, unless there are
+    too few devices to hide among."""
     scenario = plan.scenario
+    secure = SecureAggregation(bits=8, stage_seconds=20.0) if plan.devices >= LEAST_COHORT else None
     return Task(
         scenario.name,
         artifact,
@@ -161,6 +168,7 @@ def _task(plan: Plan, artifact: bytes) -> Task:
         goal=plan.devices,
         over_selection=1.0,
         deadline=120.0,
+        secure=secure,
         local=LocalTraining(
             epochs=scenario.epochs,
             learning_rate=scenario.learning_rate,
