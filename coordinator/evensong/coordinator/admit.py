@@ -159,6 +159,7 @@ def enrol(
             authority_public_key=context.authority_public_key,
         )
         requests.remember(tx, key, response, now)
+        tx.after_commit(context.due.beat)  # a round may wait for its population
         context.fault("enrol.before_commit")
     context.fault("enrol.after_commit")
     return response

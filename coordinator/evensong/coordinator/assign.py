@@ -12,6 +12,7 @@ from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
 from evensong.coordinator.errors import RefusalError
 from evensong.coordinator.plan import Plan, parse_plan
+from evensong.coordinator.privacy.participation import may_take_part
 from evensong.coordinator.rounds import OPEN, LeaseState
 from evensong.secagg.states import ServerStage
 from evensong.v1 import common_pb2, device_pb2, operator_pb2, task_pb2
@@ -91,7 +92,9 @@ def _choose(
             reasons.append(problem)
             continue
         fits = True
-        if round.round_id not in done and (_free_places(tx, round, now, device_id) > 0):
+        if round.round_id in done or _free_places(tx, round, now, device_id) <= 0:
+            continue
+        if may_take_part(context, tx, device_id, round, parse_plan(round.bundle)):
             return round
     return NoWork(fits, tuple(dict.fromkeys(reasons)))
 

@@ -7,17 +7,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from evensong.coordinator.errors import TaskError as TaskError
+from evensong.coordinator.privacy.rules import check_privacy
 from evensong.secagg.errors import ParameterError
 from evensong.secagg.session import Policy
 from evensong.secagg.vector import VectorPlan
 from evensong.v1 import device_pb2, task_pb2
 from evensong.wire.codecs import UpdateCodec
-from evensong.wire.errors import EvensongError, UpdateError
+from evensong.wire.errors import UpdateError
 from evensong.wire.tensors import layout_from_proto
-
-
-class TaskError(EvensongError):
-    """A task asks for something that is missing, out of range or contradictory."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,7 @@ def check_bundle(bundle: task_pb2.TaskBundle) -> None:
             "min_reports is above the goal", expected=f"1 to {bundle.round.goal_reports}", got=bundle.round.min_reports
         )
     _check_secure(bundle)
+    check_privacy(bundle)
     _check_patterns("local.personal", bundle.local.personal)
     _check_patterns("personalization.trainable", bundle.local.personalization.trainable)
     if not _NAME.fullmatch(bundle.server.strategy) or len(bundle.server.arguments) > 100:

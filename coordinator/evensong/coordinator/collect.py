@@ -236,7 +236,13 @@ def commit_upload(
                 with context.database.transaction() as tx:
                     if requests.recall(tx, key) is None:
                         holder = check_lease(context, tx, call.device.device_id, request.lease, device_pb2.WORK_TRAIN)
-                        upload = Accepted(request.upload_id, admitted.sha256, file.received, request.weight)
+                        upload = Accepted(
+                            request.upload_id,
+                            admitted.sha256,
+                            file.received,
+                            request.weight,
+                            request.within_clip_norm,
+                        )
                         entry = _accept(context, tx, holder, request.metrics, upload)
                         requests.remember(tx, key, response, context.now())
                     context.fault("collect.before_commit")
@@ -387,6 +393,7 @@ class Accepted:
     sha256: str
     size_bytes: int
     weight: float
+    within_clip_norm: bool = False
 
 
 def _accept(
@@ -412,6 +419,7 @@ def _accept(
         "loss_sum": metrics.loss_sum,
         "correct": metrics.correct,
         "accepted_ms": now,
+        "within_clip_norm": sent.within_clip_norm,
     }
     entry: int = tx.execute(_JOURNAL, row).scalar_one()
     tx.execute(_LEASE_REPORTED, {"lease": holder.lease.lease_id})

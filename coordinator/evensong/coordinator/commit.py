@@ -10,6 +10,7 @@ from evensong.coordinator import events, rounds, tables
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
 from evensong.coordinator.plan import Plan, parse_plan
+from evensong.coordinator.privacy import ledger
 from evensong.coordinator.rounds import LIVE, Trigger
 from evensong.coordinator.step import NextVersion
 from evensong.v1 import common_pb2, device_pb2, operator_pb2, task_pb2
@@ -35,10 +36,13 @@ def commit_version(context: Context, round_id: int, computed: NextVersion, bytes
                 parameters=common_pb2.BlobRef(
                     sha256=bytes.fromhex(computed.parameters_sha256), size_bytes=computed.parameters_bytes
                 ),
+                clip_norm=computed.clip_norm,
             ),
             computed,
             round.number,
         )
+        if computed.release is not None:
+            ledger.record(context, tx, task, plan.bundle, round.number, number, computed.release)
         tx.execute(
             update(tables.tasks)
             .where(tables.tasks.c.task_id == task.task_id)
@@ -58,9 +62,10 @@ def commit_version(context: Context, round_id: int, computed: NextVersion, bytes
             bytes_up=round.bytes_up,
             bytes_down=bytes_down,
         )
-        if plan.evaluates(number):
+        goes_on = number < plan.policy.rounds and not ledger.is_spent(tx, task.task_id, plan.bundle)
+        if plan.evaluates(number) or (plan.policy.evaluate_every and not goes_on):
             rounds.open_round(context, tx, task.task_id, plan, device_pb2.WORK_EVALUATE, round.number, number)
-        if number < plan.policy.rounds:
+        if goes_on:
             rounds.open_round(context, tx, task.task_id, plan, device_pb2.WORK_TRAIN, round.number + 1, number)
         else:
             end_if_done(context, tx, task.task_id)
@@ -151,24 +156,42 @@ def abandon_round(
         reports=round.reports,
         message=message or (f"{round.reports} reports at the deadline, {round.minimum} needed"),
     )
+    task, plan = read_task(tx, round.task_id)
+    if round.work == device_pb2.WORK_TRAIN and round.state == rounds.State.AGGREGATING:
+        ledger.record_unused(context, tx, task, plan.bundle, round, _clip_norm(tx, round, plan))
     if not reopen:
         return
-    task, plan = read_task(tx, round.task_id)
     if round.work == device_pb2.WORK_TRAIN:
         number = task.round + 1
-        rounds.open_round(context, tx, task.task_id, plan, device_pb2.WORK_TRAIN, number, task.serving_version)
+        if ledger.is_spent(tx, task.task_id, plan.bundle):
+            end_if_done(context, tx, task.task_id)
+        else:
+            rounds.open_round(context, tx, task.task_id, plan, device_pb2.WORK_TRAIN, number, task.serving_version)
     else:
         end_if_done(context, tx, task.task_id)
 
 
 def end_if_done(context: Context, tx: Transaction, task_id: str) -> None:
-    """The task is complete once it has its versions and no round of it lives."""
+    """The task is complete once it has its versions, or its privacy budget is spent, and no round of it lives."""
     task, plan = read_task(tx, task_id)
     living = tx.execute(
         select(tables.rounds.c.round_id).where(tables.rounds.c.task_id == task_id, tables.rounds.c.state.in_(LIVE))
     ).first()
-    if task.state == operator_pb2.TASK_STATE_RUNNING and task.latest_version >= plan.policy.rounds and living is None:
+    if task.state != operator_pb2.TASK_STATE_RUNNING or living is not None:
+        return
+    if task.latest_version >= plan.policy.rounds:
         end_task(context, tx, task, operator_pb2.TASK_STATE_COMPLETE)
+    elif spent := ledger.is_spent(tx, task_id, plan.bundle):
+        end_task(context, tx, task, operator_pb2.TASK_STATE_COMPLETE, spent)
+
+
+def _clip_norm(tx: Transaction, round: Row[tuple[object, ...]], plan: Plan) -> float:
+    payload = tx.execute(
+        select(tables.versions.c.payload).where(
+            tables.versions.c.task_id == round.task_id, tables.versions.c.number == round.version
+        )
+    ).scalar_one()
+    return plan.clip_norm(task_pb2.VersionManifest.FromString(payload))
 
 
 def end_task(

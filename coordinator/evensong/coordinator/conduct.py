@@ -16,6 +16,7 @@ from evensong.coordinator.admit import Registry
 from evensong.coordinator.commit import abandon_round, commit_evaluation, commit_version, end_task, read_task
 from evensong.coordinator.context import Context
 from evensong.coordinator.errors import StorageError
+from evensong.coordinator.privacy.participation import start_sampled_round
 from evensong.coordinator.rounds import LIVE, OPEN, LeaseState, State, Trigger
 from evensong.coordinator.secure import SecureRounds
 from evensong.coordinator.secure_sums import UnsoundSumError, secure_sum
@@ -115,12 +116,25 @@ class Conductor:
         if self._expiry_ms is not None:
             moments.append(self._expiry_ms)
         for round in live:
+            if round.state == State.COLLECTING and round.deadline_ms is None and round.places == 0:
+                self._draw(round.round_id)
             if round.state in OPEN and round.deadline_ms is not None:
                 moments.append(round.deadline_ms)
                 if now >= round.deadline_ms:
                     self._close_at_deadline(round.round_id)
         aggregating = [round.round_id for round in live if round.state == State.AGGREGATING]
         return max(0, min(moments) - now), aggregating
+
+    def _draw(self, round_id: int) -> None:
+        """Starts a round that draws its devices, once the population is as large as its plan says."""
+        context = self._context
+        with context.database.transaction() as tx:
+            round = rounds.read_round(tx, round_id)
+            if round is None or round.state != State.COLLECTING or round.deadline_ms is not None:
+                return
+            _, plan = read_task(tx, round.task_id)
+            if start_sampled_round(context, tx, round, plan) == 0:
+                abandon_round(context, tx, round, Trigger.TOO_FEW, "no device was drawn")
 
     def _close_at_deadline(self, round_id: int) -> None:
         context = self._context

@@ -15,6 +15,7 @@ from evensong.coordinator.blobs import BlobStore
 from evensong.coordinator.config import Settings
 from evensong.coordinator.database import Database
 from evensong.coordinator.fault import Fault, no_fault
+from evensong.coordinator.privacy.keys import NoiseKey
 from evensong.coordinator.pulse import Pulse
 from evensong.coordinator.spool import Spool
 from evensong.coordinator.telemetry import Log, Telemetry, make_logger
@@ -44,6 +45,7 @@ class Context:
     blobs: BlobStore
     spool: Spool
     signer: Ed25519PrivateKey  #: signs bundles and versions
+    noise_key: NoiseKey  #: of the coordinator's noise, and its draw of devices
     clock: Clock
     rng: random.Random  #: ids, and nothing secret
     run_blocking: RunBlocking

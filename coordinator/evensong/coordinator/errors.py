@@ -30,6 +30,10 @@ class RefusalError(EvensongError):
         self.received_bytes = received_bytes
 
 
+class TaskError(EvensongError):
+    """A task asks for something that is missing, out of range or contradictory."""
+
+
 class StorageError(EvensongError):
     """The database or the disk did not do what it was asked: full, locked, damaged, or gone. Nothing was changed."""
 

@@ -64,6 +64,9 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     async def ListDevices(self, request: Any, call: ServicerContext) -> operator_pb2.ListDevicesResponse:
         return await self._run(call, self._operators.list_devices, request)
 
+    async def ReadPrivacyLedger(self, request: Any, call: ServicerContext) -> operator_pb2.ReadPrivacyLedgerResponse:
+        return await self._run(call, self._operators.read_privacy_ledger, request)
+
     async def RevokeDevice(self, request: Any, call: ServicerContext) -> operator_pb2.RevokeDeviceResponse:
         return await self._run(call, self._operators.revoke_device, request)
 

@@ -19,6 +19,7 @@ from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
 from evensong.coordinator.errors import OperatorError
 from evensong.coordinator.plan import parse_plan
+from evensong.coordinator.privacy import ledger
 from evensong.coordinator.requests import OPERATOR, RequestKey
 from evensong.coordinator.rounds import Trigger
 from evensong.coordinator.step import NextVersion
@@ -94,6 +95,7 @@ class Operators:
                 number=0,
                 parent=0,
                 parameters=request.initial_parameters,
+                clip_norm=bundle.update.adaptive_clipping.initial,
             ),
             NextVersion(
                 request.initial_parameters.sha256.hex(),
@@ -116,6 +118,7 @@ class Operators:
             check_bundle(bundle)
             if max(len(bundle.name), len(bundle.population)) > MAX_NAME:
                 raise WireError("the task's name or population is too long", expected=f"at most {MAX_NAME} characters")
+            ledger.check_budget(bundle)
             plan = parse_plan(payload)
             if plan.update_bytes > self._context.settings.max_update_bytes:
                 raise WireError(
@@ -222,6 +225,23 @@ class Operators:
             if round.work == device_pb2.WORK_TRAIN:
                 abandon_round(context, tx, round, Trigger.PROMOTED, f"version {request.version} was promoted")
         return operator_pb2.PromoteVersionResponse()
+
+    # -------------------------------------------------------------------------------------------------------- privacy
+
+    def read_privacy_ledger(
+        self, request: operator_pb2.ReadPrivacyLedgerRequest
+    ) -> operator_pb2.ReadPrivacyLedgerResponse:
+        """What a task, or all tasks of a population, have spent."""
+        if bool(request.task_id) == bool(request.population):
+            raise OperatorError("INVALID_ARGUMENT", "the ledger is read for a task or for a population")
+        response = operator_pb2.ReadPrivacyLedgerResponse()
+        with self._context.database.read() as tx:
+            if request.task_id:
+                bundle = task_pb2.TaskBundle.FromString(_find_task(tx, request.task_id).bundle)
+                if bundle.HasField("privacy"):
+                    response.plan.CopyFrom(bundle.privacy)
+            response.entries.extend(ledger.read(tx, task_id=request.task_id, population=request.population))
+        return response
 
     # -------------------------------------------------------------------------------------------------------- devices
 

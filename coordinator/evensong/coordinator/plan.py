@@ -52,6 +52,15 @@ class Plan:
         """The length of what a device uploads for this work."""
         return self.vector(work).nbytes if self.secure else self.update_bytes
 
+    def clip_norm(self, version: task_pb2.VersionManifest) -> float:
+        """The L2 norm that holds in a round from this version; 0: none."""
+        return version.clip_norm or self.bundle.update.clip_norm
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether each training round draws its devices at random, as the privacy accountant assumes."""
+        return self.bundle.HasField("privacy") and self.bundle.privacy.sampling == task_pb2.SAMPLING_POISSON
+
     def goal(self, work: device_pb2.Work) -> int:
         """Reports that close a round of this kind."""
         if work == device_pb2.WORK_EVALUATE and self.policy.evaluation_reports:

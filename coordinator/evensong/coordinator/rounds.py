@@ -96,7 +96,7 @@ def open_round(
             number=number,
             version=version,
             state=State.COLLECTING if training else State.EVALUATING,
-            places=plan.places(work),
+            places=0 if training and plan.is_sampled else plan.places(work),  # until its devices are drawn
             goal=plan.goal(work),
             minimum=plan.minimum(work),
             opened_ms=now,

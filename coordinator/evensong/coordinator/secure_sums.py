@@ -13,14 +13,13 @@ from sqlalchemy import Row, select
 from evensong.coordinator import tables
 from evensong.coordinator.context import Context
 from evensong.coordinator.plan import parse_plan
+from evensong.coordinator.privacy.mechanism import Total
 from evensong.coordinator.secure_machines import Machines
-from evensong.coordinator.sums import Mean
 from evensong.secagg.errors import ProtocolError
 from evensong.secagg.masks import apply_masks
 from evensong.v1 import common_pb2, task_pb2
 from evensong.wire.errors import EvensongError, UpdateError
 from evensong.wire.rotation import rotation_seed
-from evensong.wire.tensors import Layout
 
 
 class UnsoundSumError(EvensongError):
@@ -37,13 +36,9 @@ class SecureSum:
     within: int  #: devices whose norm was within the clip norm
     metrics: common_pb2.Metrics
 
-    def mean(self, layout: Layout) -> Mean:
-        """The weighted mean in the author's shapes."""
-        mean, tensors, start = self.update / self.total_weight, {}, 0
-        for spec in layout:
-            tensors[spec.name] = mean[start : start + spec.size].reshape(spec.shape)
-            start += spec.size
-        return Mean(tensors, self.total_weight)
+    def total(self) -> Total:
+        """For the server step."""
+        return Total(self.update, self.total_weight, self.devices, self.within)
 
 
 def secure_sum(context: Context, machines: Machines, round: Row[tuple[object, ...]]) -> SecureSum:
@@ -79,9 +74,9 @@ def secure_sum(context: Context, machines: Machines, round: Row[tuple[object, ..
         summed = vector.decode(
             lanes,
             len(uploads),
-            clip_norm=task_pb2.VersionManifest.FromString(base.payload).clip_norm or plan.bundle.update.clip_norm,
+            clip_norm=plan.clip_norm(task_pb2.VersionManifest.FromString(base.payload)),
             seed=rotation_seed(bytes.fromhex(base.bundle_sha256), round.work, round.number),
         )
     except (ProtocolError, UpdateError) as error:
         raise UnsoundSumError(f"the sum of {len(uploads)} devices does not check: {error}") from error
-    return SecureSum(summed.update, summed.total_weight, summed.devices, summed.within, summed.metrics)
+    return SecureSum(summed.update, summed.total_weight, summed.devices, summed.within, summed.metrics or common_pb2.Metrics())

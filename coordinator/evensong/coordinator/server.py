@@ -33,8 +33,8 @@ from evensong.coordinator.errors import StorageError
 from evensong.coordinator.fault import Fault, no_fault
 from evensong.coordinator.operator_service import OperatorService
 from evensong.coordinator.operators import Operators
-from evensong.coordinator.secure import SecureRounds
 from evensong.coordinator.privacy.keys import NoiseKey, load_noise_key
+from evensong.coordinator.secure import SecureRounds
 from evensong.coordinator.spool import Spool
 from evensong.coordinator.strategies import Optimizers
 from evensong.coordinator.sums import Sums

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Row, select
 
 from evensong.coordinator import rounds, tables
+from evensong.coordinator.aggregate import split_tensors
 from evensong.coordinator.context import Context
 from evensong.coordinator.plan import parse_plan
+from evensong.coordinator.privacy import ledger
+from evensong.coordinator.privacy.ledger import Release
+from evensong.coordinator.privacy.mechanism import release
 from evensong.coordinator.secure_machines import Machines
 from evensong.coordinator.secure_sums import secure_sum
 from evensong.coordinator.strategies import Optimizers
 from evensong.coordinator.sums import Sums
-from evensong.v1 import common_pb2
+from evensong.v1 import common_pb2, task_pb2
 from evensong.wire.tensors import decode_tensors, encode_tensors
 
 
@@ -27,6 +31,8 @@ class NextVersion:
     reports: int
     total_weight: float
     metrics: common_pb2.Metrics
+    clip_norm: float = 0.0  #: of a round that trains from it; 0: the plan's
+    release: Release | None = None  #: what it costs, under a privacy plan
 
 
 def compute_next_version(
@@ -41,20 +47,32 @@ def compute_next_version(
             .where(tables.versions.c.task_id == round.task_id, tables.versions.c.number == round.version)
         ).one()
         entries, metrics = rounds.read_journal(tx, round.round_id)
-    plan = parse_plan(base.bundle)
+        plan = parse_plan(base.bundle)
+        standing = ledger.standing(tx, round.task_id, plan.bundle.privacy.bands)
     context.fault("aggregate.before_mean")
     if plan.secure is not None:
         summed = secure_sum(context, machines, round)
-        mean, metrics = summed.mean(plan.layout), summed.metrics
+        total, metrics = summed.total(), summed.metrics
     else:
-        mean = sums.complete(round.round_id, plan)
+        within = sum(entry.within_clip_norm for entry in entries)
+        total = replace(sums.complete(round.round_id, plan), within=within)
+    clip_norm = plan.clip_norm(task_pb2.VersionManifest.FromString(base.payload))
+    released = release(
+        plan.bundle,
+        total,
+        clip_norm=clip_norm,
+        key=context.noise_key,
+        task_id=round.task_id,
+        round=round.number,
+        earlier=standing.tags,
+    )
     context.fault("step.before")
     parameters, state = optimizers.create(plan.bundle.server).step(
         context.blobs.read(base.strategy_state_sha256),
         decode_tensors(context.blobs.read(base.parameters_sha256), plan.layout),
-        mean.update,
+        split_tensors(released.mean, plan.layout),
         round=round.number,
-        total_weight=mean.total_weight,
+        total_weight=released.weight,
         reports=len(entries),
         metrics={
             "loss": metrics.loss_sum / metrics.examples,
@@ -70,6 +88,10 @@ def compute_next_version(
         len(encoded),
         context.blobs.put(state),
         reports=len(entries),
-        total_weight=mean.total_weight,
+        total_weight=released.weight,
         metrics=metrics,
+        clip_norm=released.clip_norm,
+        release=ledger.price(plan.bundle, standing, clip_norm, total.devices, released.tag)
+        if plan.bundle.HasField("privacy")
+        else None,
     )

@@ -9,32 +9,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-from sqlalchemy import select
+from sqlalchemy import and_, select
 
 from evensong.coordinator import tables
 from evensong.coordinator.aggregate import Accumulator
 from evensong.coordinator.context import Context
 from evensong.coordinator.plan import Plan
+from evensong.coordinator.privacy.mechanism import Total
 from evensong.coordinator.spool import SpooledUpload
-
-
-@dataclass(frozen=True)
-class Mean:
-    """What a round's updates come to: float64 arrays in the author's shapes."""
-
-    update: dict[str, npt.NDArray[np.float64]]
-    total_weight: float
+from evensong.v1 import task_pb2
+from evensong.wire.errors import UpdateError
 
 
 class RunningSum:
     """One round's accumulator and how far in the journal it has come."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.accumulator = Accumulator(plan.layout, plan.codec)
+    def __init__(self, plan: Plan, clip_norm: float) -> None:
+        assert plan.codec is not None  # a secure round has a sum of its own
+        self.accumulator = Accumulator(plan.layout, plan.codec, clip_norm=clip_norm)
         self.buffer = bytearray(plan.update_bytes)
         self.entry = 0
         self.is_current = False
@@ -69,13 +62,16 @@ class Sums:
                 if not journalled:  # the transaction may fail after the entry has its number
                     self.drop(round_id)
 
-    def complete(self, round_id: int, plan: Plan) -> Mean:
-        """The mean of every journalled update of a round that accepts no more.
+    def complete(self, round_id: int, plan: Plan) -> Total:
+        """The sum of every journalled update of a round that accepts no more, of no update an error.
 
         Taken under the lock: a device that comes too late adds its update before the transaction refuses it.
         """
         with self._locked(round_id, plan) as running:
-            return Mean(running.accumulator.mean(), running.accumulator.total_weight)
+            accumulator = running.accumulator
+            if not accumulator.count:
+                raise UpdateError("there is no mean of no updates", fix="Wait for the round's first report.")
+            return Total(accumulator.total(), accumulator.total_weight, accumulator.count)
 
     def drop(self, round_id: int) -> None:
         """Frees the memory of a round that is over."""
@@ -87,7 +83,7 @@ class Sums:
         """The sum of all that is journalled so far."""
         while True:
             with self._lock:
-                running = self._running.get(round_id) or RunningSum(plan)
+                running = self._running.get(round_id) or RunningSum(plan, self._enforced_norm(round_id, plan))
                 self._running[round_id] = running
             with running.lock:
                 if self._running.get(round_id) is not running:
@@ -97,6 +93,24 @@ class Sums:
                     running.is_current = True
                 yield running
                 return
+
+    def _enforced_norm(self, round_id: int, plan: Plan) -> float:
+        """What no update may exceed in the sum, whatever its device says; 0: nothing is promised about it."""
+        if not plan.bundle.HasField("privacy"):
+            return 0.0
+        with self._context.database.read() as tx:
+            payload = tx.execute(
+                select(tables.versions.c.payload)
+                .join(
+                    tables.rounds,
+                    and_(
+                        tables.rounds.c.task_id == tables.versions.c.task_id,
+                        tables.rounds.c.version == tables.versions.c.number,
+                    ),
+                )
+                .where(tables.rounds.c.round_id == round_id)
+            ).scalar_one()
+        return plan.clip_norm(task_pb2.VersionManifest.FromString(payload))
 
     def _add_journalled(self, round_id: int, running: RunningSum) -> None:
         with self._context.database.read() as tx:

@@ -186,7 +186,8 @@ journal = Table(
     sqlite_autoincrement=True,
 )
 
-#: What tasks have spent of their privacy: a row for each version of a task with a privacy plan, committed with it.
+#: What tasks have spent of their privacy: a row for each version of a task with a privacy plan, committed with it, and
+#: for each noised sum that the coordinator saw and made no version of (its version is 0).
 privacy_ledger = Table(
     "privacy_ledger",
     metadata,
@@ -209,7 +210,7 @@ privacy_ledger = Table(
     # From it and the secret noise key the release's noise is made; empty where devices add it.
     Column("noise_tag", String(64), nullable=False, default=""),
     Column("created_ms", BigInteger, nullable=False),
-    UniqueConstraint("task_id", "version"),
+    UniqueConstraint("task_id", "round"),
     sqlite_autoincrement=True,
 )
 

@@ -22,6 +22,7 @@ from evensong.client import AlwaysReady, ArrayExamples, Batch, Device, Idle, Out
 from evensong.coordinator import Task, TaskEvent, TaskState, TaskStatus
 from evensong.coordinator.config import load as load_settings
 from evensong.coordinator.context import run_inline
+from evensong.coordinator.privacy.keys import NoiseKey
 from evensong.coordinator.server import CoordinatorCore
 from evensong.simulations import virtual_time
 from evensong.simulations.counting import CountingTransport
@@ -213,6 +214,7 @@ def open_coordinator(folder: Path, clock: Clock, seed: np.random.SeedSequence) -
         run_blocking=run_inline,
         rng=random.Random(draw(16)),
         signer=Ed25519PrivateKey.from_private_bytes(draw(32)),
+        noise_key=NoiseKey(draw(32)),
     )
 
 

@@ -32,7 +32,7 @@ class Total:
     update: Floats
     weight: float
     devices: int
-    within: int  #: devices whose update's norm was at most the clip norm; without adaptive clipping any number
+    within: int = 0  #: devices whose update's norm was at most the clip norm, for adaptive clipping
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def upgrade() -> None:
         sa.Column("created_ms", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(["task_id"], ["tasks.task_id"], name=op.f("fk_privacy_ledger_task_id")),
         sa.PrimaryKeyConstraint("entry", name=op.f("pk_privacy_ledger")),
-        sa.UniqueConstraint("task_id", "version", name=op.f("uq_privacy_ledger_task_id_version")),
+        sa.UniqueConstraint("task_id", "round", name=op.f("uq_privacy_ledger_task_id_round")),
         sqlite_autoincrement=True,
     )
     op.create_index(op.f("ix_privacy_ledger_population"), "privacy_ledger", ["population"], unique=False)
