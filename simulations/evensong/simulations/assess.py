@@ -92,8 +92,8 @@ def what_the_coordinator_saw(task: Task) -> str:
         return "The coordinator saw each device's update and accuracy while it added them up, and kept only the sums."
     least = task.to_bundle().secure.min_survivors
     return (
-        f"Of each round the coordinator saw masked vectors and their sum over {least} devices or more: who took part, but "
-        "no single device's update, loss or accuracy."
+        f"Of each round the coordinator saw masked vectors and their sum over {least} devices or more: who took part, "
+        "but no single device's update, loss or accuracy."
     )
 
 

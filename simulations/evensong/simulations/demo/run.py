@@ -157,8 +157,8 @@ def _deal(plan: Plan) -> Fleet:
 
 
 def _task(plan: Plan, artifact: bytes) -> Task:
-    """All devices take part in every round; a version is measured on all of them. Both are secure sums, unless there are
-    too few devices to hide among."""
+    """All devices take part in every round; a version is measured on all of them. Both are secure sums, unless there
+    are too few devices to hide among."""
     scenario = plan.scenario
     secure = SecureAggregation(bits=8, stage_seconds=20.0) if plan.devices >= LEAST_COHORT else None
     return Task(
