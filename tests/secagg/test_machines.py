@@ -13,6 +13,7 @@ from cohort import DAY, NOW, POLICY, SESSION, Cohort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evensong import secagg
 from evensong.secagg import (
     AbortedError,
     DeviceState,
@@ -459,3 +460,8 @@ def test_every_state_can_be_left_and_only_along_the_table() -> None:
         for end in ServerTrigger:
             with pytest.raises(ProtocolError):
                 following(SERVER_TRANSITIONS, stage, end)
+
+
+def test_the_public_names_are_there() -> None:
+    assert secagg.__all__ == sorted(secagg.__all__)
+    assert all(hasattr(secagg, name) for name in secagg.__all__)

@@ -17,7 +17,7 @@ from evensong.v1 import task_pb2
 pytestmark = pytest.mark.secagg
 
 SIZES = (100, 1_000, 10_000)
-# Corrupted share, drop-out share, semi-malicious: degree/threshold at those sizes, as in google-parfait/federated-compute.
+# Corrupted share, drop-out share, semi-malicious: degree/threshold, as google-parfait/federated-compute has them.
 # At n = 10,000, .33, .1, semi-malicious it has 314/245; by exact arithmetic 310/242 is the least that fits.
 PUBLISHED = [
     (0.05, 0.05, False, "12/6 30/17 34/20"),

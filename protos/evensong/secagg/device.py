@@ -292,8 +292,8 @@ class DeviceMachine:
     # ----------------------------------------------------------------------------------------------------- 4, unmask
 
     def on_quorum(self, message: secagg_pb2.SecureQuorum) -> secagg_pb2.SecureUnmask:
-        """If a quorum signed the same survivors: one share of each neighbour that shared, of the seed if it survived, of
-        the mask key if not. The caller has written down before that the update is spent."""
+        """If a quorum signed the same survivors: one share of each neighbour that shared, of the seed if it survived,
+        of the mask key if not. The caller has written down before that the update is spent."""
         with self._step(DeviceTrigger.QUORUM):
             self._check_quorum(message)
             shares = []
