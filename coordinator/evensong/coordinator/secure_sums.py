@@ -79,4 +79,6 @@ def secure_sum(context: Context, machines: Machines, round: Row[tuple[object, ..
         )
     except (ProtocolError, UpdateError) as error:
         raise UnsoundSumError(f"the sum of {len(uploads)} devices does not check: {error}") from error
-    return SecureSum(summed.update, summed.total_weight, summed.devices, summed.within, summed.metrics or common_pb2.Metrics())
+    return SecureSum(
+        summed.update, summed.total_weight, summed.devices, summed.within, summed.metrics or common_pb2.Metrics()
+    )
