@@ -1,5 +1,5 @@
-"""SIGKILL in every stage of secure rounds, and at random times: a round goes on or ends without a sum, each version is the
-exact sum of its cohort, and no two secrets of one device ever leave the others.
+"""SIGKILL in every stage of secure rounds, and at random times: a round goes on or ends without a sum, each version is
+the exact sum of its cohort, and no two secrets of one device ever leave the others.
 
 The proof is read from the database, the blobs, and every message that a device sent or got.
 """

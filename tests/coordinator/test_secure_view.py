@@ -1,4 +1,4 @@
-"""The promise itself: of everything that the coordinator received, computed and stored, only the whole sum makes sense."""
+"""The promise itself: of all that the coordinator received, computed and stored, only the whole sum makes sense."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Wiretap:
 
 
 class View:
-    """What an attacker has who owns the coordinator at the moment when it knows most: all is revealed, nothing is deleted."""
+    """What an attacker has who owns the coordinator when it knows most: all is revealed, nothing is deleted yet."""
 
     def __init__(self) -> None:
         self.disk = b""

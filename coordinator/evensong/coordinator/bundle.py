@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from evensong.coordinator.errors import TaskError as TaskError
 from evensong.coordinator.privacy.rules import check_privacy
 from evensong.secagg.errors import ParameterError
@@ -119,8 +121,8 @@ def _check_secure(bundle: task_pb2.TaskBundle) -> None:
     if plan.max_cohort < largest_cohort(policy):
         raise TaskError("max_cohort is too small", expected=f"at least {largest_cohort(policy)}", got=plan.max_cohort)
     try:
-        for members in {least, plan.max_cohort}:
-            Policy.from_plan(plan).parameters(members)
+        for members in np.linspace(plan.min_survivors, plan.max_cohort, 32).astype(int):
+            Policy.from_plan(plan).parameters(int(members))
         VectorPlan.from_bundle(bundle, device_pb2.WORK_TRAIN)
     except (ParameterError, UpdateError) as error:
         raise TaskError(f"the secure sum cannot be: {error}") from error

@@ -82,10 +82,11 @@ class SecureAggregation:
 
     bits: int = 8  #: of a value, 2 to 16; a parameter takes 1.6 to 4 bytes, by the size of the cohort
     corrupted: float = 0.05  #: share of a cohort that may collude with the coordinator, below 0.5
-    dropout: float = 0.3  #: share that may be lost during the protocol (training comes before), below 0.5
+    dropout: float = 0.2  #: share that may be lost during the protocol (training comes before), below 0.5
     min_survivors: int | None = None  #: a sum of fewer is never revealed; None: the task's ``min_reports``, at least 3
     stage_seconds: float = 30.0  #: how long each of the five stages waits for devices
-    semi_malicious: bool = False  #: thresholds that do not rely on the quorum alone: more neighbours, more work
+    #: False: a third of the neighbours in large cohorts, against a coordinator that does not lie about who dropped out
+    semi_malicious: bool = True
 
 
 @dataclass(frozen=True, init=False)
