@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from evensong.coordinator.bundle import STRATEGIES, TaskError, check_bundle, check_server_plan, largest_cohort
+from evensong.coordinator.privacy.rules import check_privacy
 from evensong.v1 import common_pb2, task_pb2
 from evensong.wire.artifact import decode_artifact
 from evensong.wire.chunks import sha256
@@ -26,6 +27,7 @@ __all__ = [
     "AdaptiveClipping",
     "LocalTraining",
     "Personalization",
+    "Privacy",
     "SecureAggregation",
     "Strategy",
     "Task",
@@ -33,6 +35,15 @@ __all__ = [
     "check_bundle",
     "check_server_plan",
 ]
+
+
+_MECHANISMS: dict[str, task_pb2.PrivacyMechanism] = {
+    "gaussian": task_pb2.PRIVACY_MECHANISM_CENTRAL_GAUSSIAN,
+    "banded": task_pb2.PRIVACY_MECHANISM_BANDED_MATRIX,
+    "distributed-gaussian": task_pb2.PRIVACY_MECHANISM_DISTRIBUTED_GAUSSIAN,
+    "distributed-skellam": task_pb2.PRIVACY_MECHANISM_DISTRIBUTED_SKELLAM,
+}
+_SAMPLINGS: dict[str, task_pb2.Sampling] = {"none": task_pb2.SAMPLING_NONE, "poisson": task_pb2.SAMPLING_POISSON}
 
 
 class SupportsToBytes(Protocol):
@@ -68,8 +79,8 @@ class AdaptiveClipping:
     """A clip norm that follows a quantile of the devices' update norms from round to round (Andrew et al. 2021)."""
 
     initial: float = 1.0  #: of the first round
-    quantile: float = 0.9  #: share of the devices that shall not be clipped
-    rate: float = 1.0  #: how fast it follows; the paper's 0.2 suits noisy counts
+    quantile: float | None = None  #: share of devices that shall not be clipped; None: 0.9, under ``privacy`` 0.5
+    rate: float | None = None  #: how fast it follows; None: 1.0, under ``privacy``, where counts are noisy, 0.2
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,29 @@ class SecureAggregation:
     stage_seconds: float = 30.0  #: how long each of the five stages waits for devices
     #: False: a third of the neighbours in large cohorts, against a coordinator that does not lie about who dropped out
     semi_malicious: bool = True
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What the task promises about any one device: (epsilon, delta)-differential privacy of all its versions together.
+
+    The coordinator stops the task before it overspends: ``docs/privacy.md``. Without ``noise_multiplier`` the noise is
+    the least for which ``rounds`` rounds keep the promise; that takes ``pip install "evensong[privacy]"``.
+    """
+
+    epsilon: float = 8.0
+    delta: float = 1e-5  #: well below one over the number of devices that may take part
+    #: "gaussian": the coordinator noises the sum. "banded": with noise that later rounds take back, for devices that
+    #: pause ``min_separation`` rounds. "distributed-gaussian" and "distributed-skellam": devices noise the secure sum.
+    mechanism: Literal["gaussian", "banded", "distributed-gaussian", "distributed-skellam"] = "gaussian"
+    noise_multiplier: float | None = None  #: standard deviation of the noise on the sum, over the clip norm
+    #: "none": who takes part is left to availability, and no amplification is claimed. "poisson": the coordinator
+    #: draws each device of the population for each round with probability ``goal / population``.
+    sampling: Literal["none", "poisson"] = "none"
+    population: int | None = None  #: devices that are enrolled at least, for "poisson"
+    max_participations: int | None = None  #: rounds that one device takes part in at most
+    min_separation: int | None = None  #: a device takes part in every so manieth round at most
+    bands: int | None = None  #: rounds over which "banded" noise is correlated; None: ``min_separation``
 
 
 @dataclass(frozen=True, init=False)
@@ -126,8 +160,9 @@ class Task:
     personalization: Personalization | None = None
     secure: SecureAggregation | None = field(default_factory=SecureAggregation)  #: None: each update is seen singly
     update: UpdateCodec | None = None  #: without ``secure``; None: 8-bit integers
+    privacy: Privacy | None = None  #: differential privacy for whole devices
     clip_norm: float | AdaptiveClipping | None = None  #: L2 norm of an update; None: adaptive if ``secure``, else none
-    #: None: "uniform" if ``secure``, else "examples"
+    #: None: "uniform" if ``secure`` or ``privacy``, else "examples"
     weighting: Literal["examples", "uniform"] | None = None
     #: of one update; None: 10,000, or 1 if uniform. A secure sum resolves weights in parts of it: choose it near the
     #: largest number of examples that a device really has.
@@ -178,6 +213,22 @@ class Task:
 
     def to_bundle(self) -> task_pb2.TaskBundle:
         """The task as it is signed and sent."""
+        bundle = self._bundle()
+        if self.privacy is not None and self.privacy.noise_multiplier is None:
+            bundle.privacy.noise_multiplier = self._least_noise
+        return bundle
+
+    @cached_property
+    def _least_noise(self) -> float:
+        """The noise multiplier for which all rounds of the task keep its promise; may take seconds."""
+        # Not imported before: only a task with privacy needs it.
+        from evensong.coordinator.privacy.accounting import Accounting
+
+        bundle = self._bundle()
+        check_privacy(bundle, noise_is_open=True)
+        return Accounting.of(bundle).noise_for(bundle.privacy.epsilon, bundle.round.rounds)
+
+    def _bundle(self) -> task_pb2.TaskBundle:
         strategy = Strategy(self.strategy) if isinstance(self.strategy, str) else self.strategy
         return task_pb2.TaskBundle(
             name=self.name,
@@ -190,6 +241,7 @@ class Task:
             server=task_pb2.ServerPlan(strategy=strategy.name, arguments=strategy.arguments),
             training_bytes=self._training_bytes(),
             secure=self._secure_plan(),
+            privacy=self._privacy_plan(),
         )
 
     def _local_plan(self) -> task_pb2.LocalPlan:
@@ -207,7 +259,7 @@ class Task:
 
     def _update_plan(self) -> task_pb2.UpdatePlan:
         weightings = {"examples": task_pb2.WEIGHTING_EXAMPLES, "uniform": task_pb2.WEIGHTING_UNIFORM}
-        weighting = self.weighting or ("uniform" if self.secure else "examples")
+        weighting = self.weighting or ("uniform" if self.secure or self.privacy else "examples")
         if weighting not in weightings:
             raise TaskError("weighting is unknown", expected=" or ".join(weightings), got=self.weighting)
         if self.secure and weighting == "examples" and self.max_weight is None:
@@ -225,8 +277,13 @@ class Task:
         plan = self._codec_plan()
         clip = AdaptiveClipping() if self.secure and self.clip_norm is None else self.clip_norm
         if isinstance(clip, AdaptiveClipping):
+            quantile, rate = (0.5, 0.2) if self.privacy else (0.9, 1.0)
             plan.adaptive_clipping.CopyFrom(
-                task_pb2.AdaptiveClipping(initial=clip.initial, quantile=clip.quantile, rate=clip.rate)
+                task_pb2.AdaptiveClipping(
+                    initial=clip.initial,
+                    quantile=quantile if clip.quantile is None else clip.quantile,
+                    rate=rate if clip.rate is None else clip.rate,
+                )
             )
         else:
             plan.clip_norm = _positive("clip_norm", clip)
@@ -254,9 +311,35 @@ class Task:
             corrupted_share=secure.corrupted,
             dropout_share=secure.dropout,
             min_survivors=_whole("secure.min_survivors", survivors),
-            max_cohort=largest_cohort(policy),
+            max_cohort=max(largest_cohort(policy), (self.privacy and self.privacy.population) or 0),
             stage_ms=max(1, round(secure.stage_seconds * 1000)),
             semi_malicious=secure.semi_malicious,
+        )
+
+    def _privacy_plan(self) -> task_pb2.PrivacyPlan | None:
+        """The noise is left out where it is to be computed."""
+        privacy = self.privacy
+        if privacy is None:
+            return None
+        for name, value, known in (
+            ("mechanism", privacy.mechanism, _MECHANISMS),
+            ("sampling", privacy.sampling, _SAMPLINGS),
+        ):
+            if value not in known:
+                raise TaskError(f"privacy.{name} is unknown", expected=" or ".join(known), got=value)
+        bands = privacy.bands
+        if bands is None and privacy.mechanism == "banded":
+            bands = privacy.min_separation
+        return task_pb2.PrivacyPlan(
+            mechanism=_MECHANISMS[privacy.mechanism],
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            noise_multiplier=_positive("privacy.noise_multiplier", privacy.noise_multiplier),
+            sampling=_SAMPLINGS[privacy.sampling],
+            population=_whole("privacy.population", privacy.population, least=1),
+            max_participations=_whole("privacy.max_participations", privacy.max_participations, least=1),
+            min_separation=_whole("privacy.min_separation", privacy.min_separation, least=1),
+            bands=_whole("privacy.bands", bands, least=1),
         )
 
     def _round_policy(self) -> task_pb2.RoundPolicy:

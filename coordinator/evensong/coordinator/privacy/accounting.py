@@ -19,8 +19,9 @@ import numpy as np
 from evensong.coordinator.privacy import matrix
 from evensong.secagg import noise
 from evensong.secagg.vector import VectorPlan, conditional_norm_bound
-from evensong.v1 import device_pb2, task_pb2
+from evensong.v1 import task_pb2
 from evensong.wire.errors import EvensongError
+from evensong.wire.tensors import layout_from_proto, layout_size
 
 Accountant = Literal["pld", "rdp"]
 
@@ -174,14 +175,14 @@ def _distributed_epsilon(accounting: Accounting, grid: Grid, times: int) -> floa
 
 def _grid(bundle: task_pb2.TaskBundle) -> Grid:
     """The same for every clip norm: the step follows it."""
-    vector, secure = VectorPlan.from_bundle(bundle, device_pb2.WORK_TRAIN), bundle.secure
-    step = vector.step(1.0)
+    size, secure = layout_size(layout_from_proto(bundle.layout)), bundle.secure
+    step = VectorPlan(size, bundle.update.bits, max_cohort=1).step(1.0)
     honest = (1.0 - secure.corrupted_share) * secure.min_survivors
     return Grid(
-        sensitivity=conditional_norm_bound(1.0, step, vector.size) / step,
+        sensitivity=conditional_norm_bound(1.0, step, size) / step,
         unit_sigma=1.0 / (math.sqrt(honest) * step),
         devices=int(honest),
-        size=vector.size,
+        size=size,
     )
 
 

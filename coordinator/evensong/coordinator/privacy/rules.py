@@ -21,8 +21,11 @@ _BANDED = task_pb2.PRIVACY_MECHANISM_BANDED_MATRIX
 _NONE, _POISSON = task_pb2.SAMPLING_NONE, task_pb2.SAMPLING_POISSON
 
 
-def check_privacy(bundle: task_pb2.TaskBundle) -> None:
-    """:class:`TaskError` unless the bundle has no privacy plan, or one that keeps what it promises."""
+def check_privacy(bundle: task_pb2.TaskBundle, *, noise_is_open: bool = False) -> None:
+    """:class:`TaskError` unless the bundle has no privacy plan, or one that keeps what it promises.
+
+    ``noise_is_open``: the noise is yet to be computed, and what depends on it is not checked.
+    """
     if not bundle.HasField("privacy"):
         return
     plan = bundle.privacy
@@ -34,8 +37,13 @@ def check_privacy(bundle: task_pb2.TaskBundle) -> None:
     _check_clipping(bundle)
     _check_sampling(bundle)
     _check_bands(plan)
-    if plan.mechanism in DISTRIBUTED:
-        _check_distributed(bundle)
+    if plan.mechanism in DISTRIBUTED and not bundle.HasField("secure"):
+        raise TaskError(
+            "noise from devices needs a secure sum: one device's noise hides nothing of its own update",
+            fix='Say secure=SecureAggregation(), or mechanism="gaussian".',
+        )
+    if not noise_is_open:
+        _check_noise(bundle)
 
 
 def _check_promise(bundle: task_pb2.TaskBundle) -> None:
@@ -49,8 +57,6 @@ def _check_promise(bundle: task_pb2.TaskBundle) -> None:
             expected=f"above 0, below 1/{devices}: else revealing one device in full would keep the promise",
             got=plan.delta,
         )
-    if not 0 < plan.noise_multiplier <= MOST_NOISE:
-        raise TaskError("noise_multiplier is out of range", expected="a number above 0", got=plan.noise_multiplier)
 
 
 def _check_clipping(bundle: task_pb2.TaskBundle) -> None:
@@ -71,14 +77,6 @@ def _check_clipping(bundle: task_pb2.TaskBundle) -> None:
         raise TaskError(
             "adaptive clipping goes with central Gaussian noise: it counts devices, and only there is the count noised",
             fix="Say clip_norm=... as a number.",
-        )
-    if adaptive and math.isinf(vector_multiplier(plan.noise_multiplier, bundle.round.goal_reports)):
-        least = plan.noise_multiplier / (2 * COUNT_NOISE)
-        raise TaskError(
-            "the goal is too small for adaptive clipping under this noise",
-            expected=f"a goal above {least:g}",
-            got=bundle.round.goal_reports,
-            fix="Say clip_norm=... as a number, or raise goal.",
         )
 
 
@@ -125,13 +123,19 @@ def _check_bands(plan: task_pb2.PrivacyPlan) -> None:
         )
 
 
-def _check_distributed(bundle: task_pb2.TaskBundle) -> None:
-    if not bundle.HasField("secure"):
+def _check_noise(bundle: task_pb2.TaskBundle) -> None:
+    plan, goal = bundle.privacy, bundle.round.goal_reports
+    if not 0 < plan.noise_multiplier <= MOST_NOISE:
+        raise TaskError("noise_multiplier is out of range", expected="a number above 0", got=plan.noise_multiplier)
+    if bundle.update.HasField("adaptive_clipping") and math.isinf(vector_multiplier(plan.noise_multiplier, goal)):
         raise TaskError(
-            "noise from devices needs a secure sum: one device's noise hides nothing of its own update",
-            fix='Say secure=SecureAggregation(), or mechanism="gaussian".',
+            "the goal is too small for adaptive clipping under this noise",
+            expected=f"a goal above {plan.noise_multiplier / (2 * COUNT_NOISE):g}",
+            got=goal,
+            fix="Say clip_norm=... as a number, or raise goal.",
         )
-    try:
-        local_sigma(bundle, 1.0, VectorPlan.from_bundle(bundle, device_pb2.WORK_TRAIN).step(1.0))
-    except SecureError as error:
-        raise TaskError(f"the noise of devices cannot be: {error}") from error
+    if plan.mechanism in DISTRIBUTED:
+        try:
+            local_sigma(bundle, 1.0, VectorPlan.from_bundle(bundle, device_pb2.WORK_TRAIN).step(1.0))
+        except SecureError as error:
+            raise TaskError(f"the noise of devices cannot be: {error}") from error
