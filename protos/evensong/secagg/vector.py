@@ -35,7 +35,7 @@ from evensong.secagg.packing import Fields, Lanes, width_for
 from evensong.v1 import common_pb2, device_pb2, task_pb2
 from evensong.wire.codecs import MAX_MAGNITUDE, RandomWords
 from evensong.wire.errors import UpdateError
-from evensong.wire.rotation import rotate, unrotate_in_place
+from evensong.wire.rotation import inner_product, rotate, unrotate
 from evensong.wire.tensors import FloatArray, layout_from_proto, layout_size
 
 #: r_b by bits: how far the grid reaches, in units of C / sqrt(d).
@@ -218,7 +218,7 @@ class VectorPlan:
             place += word
             np.floor(place, out=place)
             np.clip(place, -self.largest, self.largest, out=place)
-            square += int(np.dot(place, place))  # exact: at most 2^16 squares below 2^30
+            square += int(inner_product(place, place))  # exact: at most 2^16 squares below 2^30
             if noise is not None:
                 place += self._checked_noise(noise(part.size), part.size)
             place += self.bound
@@ -256,13 +256,12 @@ class VectorPlan:
         update = values[: self.size].astype(np.float64)
         update -= survivors * self.bound
         update *= step * self.max_weight
-        unrotate_in_place(update, seed)
         metrics = None
         if not self.private:
             metrics = common_pb2.Metrics(
                 examples=slots["examples"], correct=slots["correct"], loss_sum=slots["loss"] * LOSS_UNIT
             )
-        return VectorSum(update, slots["weight"], survivors, slots["within"], metrics)
+        return VectorSum(unrotate(update, seed), slots["weight"], survivors, slots["within"], metrics)
 
     def _check_slots(self, slots: dict[str, int], survivors: int) -> None:
         if slots["count"] != survivors:
@@ -292,7 +291,8 @@ class VectorPlan:
     def _encode_slots(self, weight: int, within: bool, metrics: common_pb2.Metrics | None) -> npt.NDArray[np.uint64]:
         if (metrics is None) != self.private:
             raise UpdateError("metrics do not fit the plan", expected="none" if self.private else "some")
-        values = {"count": 1, "within": int(within), "weight": weight}
+        # Where devices add noise, no exact count of what they learned leaves them.
+        values = {"count": 1, "within": int(within and not self.noise_bound), "weight": weight}
         if metrics is not None:
             loss = metrics.loss_sum / LOSS_UNIT
             if not math.isfinite(loss):
@@ -334,10 +334,7 @@ def conditional_norm_bound(clip_norm: float, step: float, size: int) -> float:
 
 def _norm(delta: FloatArray) -> float:
     """The L2 norm in float64; :class:`UpdateError` unless it is finite and can be rotated in float32."""
-    square = 0.0
-    for start in range(0, delta.size, _PIECE):
-        wide = delta[start : start + _PIECE].astype(np.float64)
-        square += float(np.dot(wide, wide))
+    square = inner_product(delta, delta)
     norm = math.sqrt(square) if math.isfinite(square) else square
     if not norm <= MAX_MAGNITUDE:
         raise UpdateError(

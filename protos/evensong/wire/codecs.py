@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +66,8 @@ class UpdateCodec:
 
     bits: int | None = 8
     block_size: int = 0
+
+    is_fixed: ClassVar[bool] = True  #: every update of a layout has the same length
 
     def __post_init__(self) -> None:
         if self.bits is None:

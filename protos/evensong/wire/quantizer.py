@@ -17,7 +17,7 @@ def min_max_grid(
     least: npt.NDArray[np.float64], most: npt.NDArray[np.float64], bits: int
 ) -> tuple[FloatArray, FloatArray]:
     """``lower`` and ``step`` of the finest grid from ``least`` to ``most``, its step a float64 quotient rounded up."""
-    step = _round_up((most - least) / ((1 << bits) - 1), 24 - bits)
+    step = round_up((most - least) / ((1 << bits) - 1), 24 - bits)
     return least.astype(np.float32), step
 
 
@@ -33,12 +33,12 @@ def zero_aligned_grid(
     candidates = [np.clip(rounded, 1, top - 1) for rounded in (np.floor(share), np.ceil(share))]
     steps = [np.maximum(below / zero, above / (top - zero)) for zero in candidates]
     zero = np.where(steps[0] <= steps[1], *candidates)
-    step[inside] = _round_up(np.minimum(*steps), 24 - bits)
+    step[inside] = round_up(np.minimum(*steps), 24 - bits)
     lower[inside] = -zero * step[inside]  # exact, as zero takes `bits` bits and step the other 24 - bits
     return lower, step
 
 
-def _round_up(values: npt.NDArray[np.float64], significant_bits: int) -> FloatArray:
+def round_up(values: npt.NDArray[np.float64], significant_bits: int) -> FloatArray:
     """The smallest float32 of at most ``significant_bits`` significant bits that is not below, for values >= 0."""
     _, exponents = np.frexp(values)
     unit = np.maximum(exponents - significant_bits, -149)  # 2^-149 is the smallest float32

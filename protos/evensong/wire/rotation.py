@@ -2,36 +2,42 @@
 
 Quantisers pay for the largest coordinate; after the rotation all coordinates are about equally large, and about
 Gaussian (Suresh et al., *Distributed mean estimation with limited communication*, ICML 2017). The usual construction
-needs a power of two and pads up to it, at worst doubling the bytes. This one rotates ``d`` coordinates in place: with
+needs a power of two and pads up to it, at worst doubling the bytes. This one rotates exactly ``d`` coordinates: with
 ``h`` the largest power of two that is at most ``d``,
 
-1. flip the signs that the seed says, and apply the normalised Walsh-Hadamard transform to the first ``h`` coordinates;
-2. unless ``d`` is ``h``: flip a second set of signs, and transform the last ``h`` coordinates.
+1. unless ``d`` is ``h``: permute, ``y[i] = x[(a i + b) mod d]``, so that every stretch of the vector has its share in
+   each of the two windows that follow;
+2. flip the signs that the seed says, and apply the normalised Walsh-Hadamard transform to the first ``h`` coordinates;
+3. unless ``d`` is ``h``: flip a second set of signs, and transform the last ``h`` coordinates.
 
-The two windows overlap, since ``2 h > d``. Of a vector whose energy was all in one place no coordinate holds more than
-about ``1 / h < 2 / d``.
+The two windows overlap, since ``2 h > d``. Even of a vector whose energy was all in one place no coordinate holds more
+than about ``1 / h < 2 / d``.
 
-Signs come from the AES-128-CTR keystream (initial block zero) under the 16-byte seed: bit ``k`` of byte ``j`` (least
-significant first) flips coordinate ``8 j + k``; the second set begins at the next whole byte.
+All choices come from the AES-128-CTR keystream (initial block zero) under the 16-byte seed: two ``u64``, ``u`` and
+``v``, then the two sets of signs, of ``ceil(d / 8)`` bytes each: bit ``k`` of byte ``j`` (least significant first), if
+set, flips coordinate ``8 j + k``. ``a`` is the first number from ``1 + u mod (d - 1)`` on that is coprime to ``d``, and
+``b`` is ``v mod d``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from evensong.wire.tensors import FloatArray
+Floating = TypeVar("Floating", np.float32, np.float64)
 
 SEED_BYTES = 16
 
 _LABEL = b"evensong/v1/rotation\0"
-_PIECE = 1 << 16  # values worked on at once: they stay in the cache
-_FACTOR_BITS = 6  # of the Hadamard matrices that a transform is made of: 64 x 64
+_PIECE = 1 << 14  # values worked on at once: they stay in the cache
+_FACTOR_BITS = 4  # of the Hadamard matrices that a transform is made of: 16 x 16
 
 
 def rotation_seed(bundle_sha256: bytes, work: int, round: int) -> bytes:
@@ -43,48 +49,56 @@ def rotation_seed(bundle_sha256: bytes, work: int, round: int) -> bytes:
     return hashlib.sha256(bound).digest()[:SEED_BYTES]
 
 
-def rotate(values: npt.ArrayLike, seed: bytes) -> FloatArray:
-    """The rotation of float32 [d], as a fresh array. Beyond it, memory is a quarter byte a value and some cache."""
-    rotated = np.array(values, np.float32)
-    rotate_in_place(rotated, seed)
+def rotate(values: npt.NDArray[Floating], seed: bytes) -> npt.NDArray[Floating]:
+    """The rotation of float32 or float64 [d], as a fresh array; besides it, a quarter byte a value and some cache."""
+    _check(values)
+    size, draws = values.size, _Draws(seed, values.size)
+    window = _window(size)
+    if window == size:
+        rotated = values.copy()
+    else:
+        rotated = np.empty_like(values)
+        for place, source in draws.permutation():
+            np.take(values, source, out=rotated[place], mode="clip")  # all are in range; "raise" would buffer
+    _flip(rotated, draws.signs[0])
+    _transform(rotated[:window])
+    if window < size:
+        _flip(rotated, draws.signs[1])
+        _transform(rotated[size - window :])
     return rotated
 
 
-def unrotate(values: npt.ArrayLike, seed: bytes) -> FloatArray:
-    """What was rotated, up to rounding: float32 [d], a fresh array."""
-    restored = np.array(values, np.float32)
-    unrotate_in_place(restored, seed)
+def unrotate(values: npt.NDArray[Floating], seed: bytes) -> npt.NDArray[Floating]:
+    """What was rotated, up to rounding, as a fresh array."""
+    _check(values)
+    size, draws = values.size, _Draws(seed, values.size)
+    window = _window(size)
+    mixed = values.copy()
+    if window < size:
+        _transform(mixed[size - window :])
+        _flip(mixed, draws.signs[1])
+    _transform(mixed[:window])
+    _flip(mixed, draws.signs[0])
+    if window == size:
+        return mixed
+    restored = np.empty_like(values)
+    for place, source in draws.permutation():
+        restored[source] = mixed[place]
     return restored
 
 
-def rotate_in_place(values: npt.NDArray[np.floating], seed: bytes) -> None:
-    """:func:`rotate` on contiguous float32 or float64 [d]."""
-    size = _check(values)
-    half = _window(size)
-    signs = _signs(seed, size)
-    _flip(values, signs[0])
-    _transform(values[:half])
-    if half < size:
-        _flip(values, signs[1])
-        _transform(values[size - half :])
+def inner_product(left: npt.NDArray[np.floating], right: npt.NDArray[np.floating]) -> float:
+    """In float64, by pieces; without BLAS, whose threads cost more than they bring at this size."""
+    total = 0.0
+    for start in range(0, left.size, _PIECE):
+        parts = left[start : start + _PIECE].astype(np.float64), right[start : start + _PIECE].astype(np.float64)
+        total += float(np.einsum("i,i->", *parts))
+    return total
 
 
-def unrotate_in_place(values: npt.NDArray[np.floating], seed: bytes) -> None:
-    """:func:`unrotate` on contiguous float32 or float64 [d]."""
-    size = _check(values)
-    half = _window(size)
-    signs = _signs(seed, size)
-    if half < size:
-        _transform(values[size - half :])
-        _flip(values, signs[1])
-    _transform(values[:half])
-    _flip(values, signs[0])
-
-
-def _check(values: npt.NDArray[np.floating]) -> int:
+def _check(values: npt.NDArray[Floating]) -> None:
     if values.ndim != 1 or values.dtype not in (np.float32, np.float64) or not values.flags.c_contiguous:
         raise ValueError(f"a rotation needs contiguous float32 or float64 [d], got {values.dtype} {values.shape}")
-    return values.size
 
 
 def _window(size: int) -> int:
@@ -92,19 +106,36 @@ def _window(size: int) -> int:
     return 1 << size.bit_length() - 1 if size else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- signs
+# ------------------------------------------------------------------------------------------------ permutation and signs
 
 
-def _signs(seed: bytes, size: int) -> npt.NDArray[np.uint8]:
-    """The two sets of sign bits, uint8 [2, ceil(size / 8)]."""
-    if len(seed) != SEED_BYTES:
-        raise ValueError(f"a rotation's seed has {SEED_BYTES} bytes, got {len(seed)}")
-    keystream = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
-    count = -(-size // 8)
-    return np.frombuffer(keystream.update(bytes(2 * count)), np.uint8).reshape(2, count)
+class _Draws:
+    """What a seed says about the rotation of ``size`` values. ``signs``: bits, uint8 [2, ceil(size / 8)]."""
+
+    def __init__(self, seed: bytes, size: int) -> None:
+        if len(seed) != SEED_BYTES:
+            raise ValueError(f"a rotation's seed has {SEED_BYTES} bytes, got {len(seed)}")
+        count = -(-size // 8)
+        stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor().update(bytes(16 + 2 * count))
+        self.signs = np.frombuffer(stream, np.uint8, offset=16).reshape(2, count)
+        self._size = size
+        self._step = 1 + int.from_bytes(stream[:8], "little") % max(1, size - 1)
+        while math.gcd(self._step, size) > 1:
+            self._step += 1
+        self._start = int.from_bytes(stream[8:16], "little") % max(1, size)
+
+    def permutation(self) -> Iterator[tuple[slice, npt.NDArray[np.int64]]]:
+        """Piece by piece: a stretch of the permuted vector, and the places that its values come from."""
+        size, start = self._size, self._start
+        offsets = self._step * np.arange(min(_PIECE, size), dtype=np.int64) % size
+        for first in range(0, size, _PIECE):
+            source = offsets[: size - first] + start
+            source -= size * (source >= size)
+            yield slice(first, first + source.size), source
+            start = (start + self._step * _PIECE) % size
 
 
-def _flip(values: npt.NDArray[np.floating], signs: npt.NDArray[np.uint8]) -> None:
+def _flip(values: npt.NDArray[Floating], signs: npt.NDArray[np.uint8]) -> None:
     """Negates in place by the sign bit: exact, and cheaper than a product."""
     words = values.view(np.uint32 if values.dtype == np.float32 else np.uint64)
     top = words.itemsize * 8 - 1
@@ -119,12 +150,13 @@ def _flip(values: npt.NDArray[np.floating], signs: npt.NDArray[np.uint8]) -> Non
 # ------------------------------------------------------------------------------------------------------------ transform
 
 
-def _transform(values: npt.NDArray[np.floating]) -> None:
+def _transform(values: npt.NDArray[Floating]) -> None:
     """The normalised Walsh-Hadamard transform of 2^m contiguous values, in place.
 
-    The matrix of 2^m is the Kronecker product of matrices up to 64 x 64, one for each group of index bits. So the
+    The matrix of 2^m is the Kronecker product of matrices up to 16 x 16, one for each group of index bits. So the
     transform is a few passes of small matrix products, which BLAS does faster than memory brings the values. A pass
-    works on pieces that stay in the cache; the first one scales, so that nothing can overflow.
+    works on pieces that stay in the cache, and are too small for BLAS to wake its threads (OpenBLAS: 2^18 products),
+    which costs more than it brings on a busy machine. The first pass scales, so that nothing can overflow.
     """
     size = values.size
     if not size:
@@ -144,7 +176,7 @@ def _transform(values: npt.NDArray[np.floating]) -> None:
 
 
 def _transform_rows(
-    values: npt.NDArray[np.floating], matrix: npt.NDArray[np.floating], buffer: npt.NDArray[np.floating]
+    values: npt.NDArray[Floating], matrix: npt.NDArray[Floating], buffer: npt.NDArray[Floating]
 ) -> None:
     width = matrix.shape[0]
     rows = max(1, buffer.size // width)
@@ -156,7 +188,7 @@ def _transform_rows(
 
 
 def _transform_columns(
-    values: npt.NDArray[np.floating], matrix: npt.NDArray[np.floating], buffer: npt.NDArray[np.floating]
+    values: npt.NDArray[Floating], matrix: npt.NDArray[Floating], buffer: npt.NDArray[Floating]
 ) -> None:
     """Along the middle axis of [outer, width, inner]: several whole matrices at once, or parts of one that is large."""
     outer, width, inner = values.shape
