@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from evensong.coordinator.bundle import STRATEGIES, TaskError, check_bundle, check_server_plan, largest_cohort
+from evensong.coordinator.privacy.accounting import Accounting
 from evensong.coordinator.privacy.rules import check_privacy
 from evensong.v1 import common_pb2, task_pb2
 from evensong.wire.artifact import decode_artifact
@@ -221,9 +222,6 @@ class Task:
     @cached_property
     def _least_noise(self) -> float:
         """The noise multiplier for which all rounds of the task keep its promise; may take seconds."""
-        # Not imported before: only a task with privacy needs it.
-        from evensong.coordinator.privacy.accounting import Accounting
-
         bundle = self._bundle()
         check_privacy(bundle, noise_is_open=True)
         return Accounting.of(bundle).noise_for(bundle.privacy.epsilon, bundle.round.rounds)
