@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from evensong.wire.codecs import UpdateCodec
+from evensong.wire.codec import Codec
 from evensong.wire.errors import UpdateError
 from evensong.wire.tensors import Layout, layout_size
 
@@ -20,9 +20,7 @@ class Accumulator:
     from two threads at once.
     """
 
-    def __init__(
-        self, layout: Layout, codec: UpdateCodec, *, max_weight: float = math.inf, clip_norm: float = 0.0
-    ) -> None:
+    def __init__(self, layout: Layout, codec: Codec, *, max_weight: float = math.inf, clip_norm: float = 0.0) -> None:
         self.layout = layout
         self.codec = codec
         self.max_weight = max_weight

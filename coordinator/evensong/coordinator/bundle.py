@@ -15,7 +15,7 @@ from evensong.secagg.errors import ParameterError
 from evensong.secagg.session import Policy
 from evensong.secagg.vector import VectorPlan
 from evensong.v1 import device_pb2, task_pb2
-from evensong.wire.codecs import UpdateCodec
+from evensong.wire.codec import codec_from_plan
 from evensong.wire.errors import UpdateError
 from evensong.wire.tensors import layout_from_proto
 
@@ -74,7 +74,7 @@ def check_bundle(bundle: task_pb2.TaskBundle) -> None:
     try:
         layout_from_proto(bundle.layout)
         if not bundle.HasField("secure"):
-            UpdateCodec.from_plan(bundle.update)
+            codec_from_plan(bundle.update)
     except UpdateError as error:
         raise TaskError(f"the task's updates cannot be: {error}") from error
     for name, value, bounds in _numbers(bundle):

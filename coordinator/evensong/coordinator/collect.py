@@ -46,12 +46,13 @@ def begin_upload(
                 tables.uploads.c.lease_id == holder.lease.lease_id, tables.uploads.c.sha256 == sha256
             )
         ).one_or_none()
-        upload_id = row.upload_id if row is not None else _open_upload(context, tx, call, holder, sha256)
+        size = claimed.size_bytes if row is None else row.size_bytes
+        upload_id = row.upload_id if row is not None else _open_upload(context, tx, call, holder, sha256, size)
         if stored is None:
             requests.remember(tx, key, device_pb2.BeginUploadResponse(upload_id=upload_id), context.now())
         context.fault("begin.before_commit")
     context.fault("begin.after_commit")
-    context.spool.admit(upload_id, _admitted(holder, sha256))
+    context.spool.admit(upload_id, _admitted(holder, sha256, size))
     return device_pb2.BeginUploadResponse(
         retry=pacing.soon(),
         upload_id=upload_id,
@@ -76,18 +77,18 @@ def _check_announcement(holder: Holder, announced: common_pb2.BlobRef) -> None:
             expected="32 bytes",
             got=f"{len(announced.sha256)} bytes",
         )
-    size = holder.plan.upload_bytes(holder.round.work)
-    if announced.size_bytes != size:
+    most, is_fixed = holder.plan.upload_bytes(holder.round.work), holder.plan.has_fixed_uploads
+    if not (announced.size_bytes == most or (not is_fixed and 0 < announced.size_bytes < most)):
         raise RefusalError(
             common_pb2.REFUSAL_REASON_INVALID_UPDATE,
             "the update has the wrong length for its task",
-            expected=f"{size} bytes",
+            expected=f"{'' if is_fixed else 'at most '}{most} bytes",
             got=announced.size_bytes,
             fix="Encode it with the bundle's layout and codec.",
         )
 
 
-def _open_upload(context: Context, tx: Transaction, call: Call, holder: Holder, sha256: str) -> str:
+def _open_upload(context: Context, tx: Transaction, call: Call, holder: Holder, sha256: str, size: int) -> str:
     """A new upload. Those that the device left under older leases are dropped first."""
     mine = tx.execute(
         select(
@@ -119,13 +120,13 @@ def _open_upload(context: Context, tx: Transaction, call: Call, holder: Holder, 
             round_id=holder.round.round_id,
             device_id=call.device.device_id,
             sha256=sha256,
-            size_bytes=holder.plan.upload_bytes(holder.round.work),
+            size_bytes=size,
         )
     )
     return upload_id
 
 
-def _admitted(holder: Holder, sha256: str) -> Admitted:
+def _admitted(holder: Holder, sha256: str, size: int) -> Admitted:
     lease = holder.lease
     return Admitted(
         lease.device_id,
@@ -134,7 +135,7 @@ def _admitted(holder: Holder, sha256: str) -> Admitted:
         lease.fencing_token,
         min(lease.expires_ms, holder.round.deadline_ms or lease.expires_ms),
         sha256,
-        holder.plan.upload_bytes(holder.round.work),
+        size,
         holder.plan,
     )
 
@@ -174,7 +175,8 @@ def _find_upload(context: Context, call: Call, upload_id: str, lease: common_pb2
         return admitted
     with context.database.read() as tx:
         holder = _check_uploader(context, tx, call, lease)
-        admitted = _admitted(holder, _read_upload(tx, upload_id, holder).sha256)
+        upload = _read_upload(tx, upload_id, holder)
+        admitted = _admitted(holder, upload.sha256, upload.size_bytes)
     context.spool.admit(upload_id, admitted)
     return admitted
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from evensong.secagg.vector import VectorPlan
 from evensong.v1 import device_pb2, task_pb2
-from evensong.wire.codecs import UpdateCodec
+from evensong.wire.codec import Codec, codec_from_plan
 from evensong.wire.tensors import Layout, layout_from_proto
 
 #: Attempts at a secure round's sum, and stages of one; then the round is abandoned, and devices train anew.
@@ -22,8 +22,8 @@ class Plan:
 
     bundle: task_pb2.TaskBundle
     layout: Layout
-    codec: UpdateCodec | None  #: None where updates are summed securely
-    update_bytes: int  #: of every update of this task
+    codec: Codec | None  #: None where updates are summed securely
+    update_bytes: int  #: of every update of this task; the most, unless :attr:`has_fixed_uploads`
 
     @property
     def policy(self) -> task_pb2.RoundPolicy:
@@ -49,8 +49,13 @@ class Plan:
         return VectorPlan.from_bundle(self.bundle, work)
 
     def upload_bytes(self, work: device_pb2.Work) -> int:
-        """The length of what a device uploads for this work."""
+        """The length of what a device uploads for this work; the most, unless :attr:`has_fixed_uploads`."""
         return self.vector(work).nbytes if self.secure else self.update_bytes
+
+    @property
+    def has_fixed_uploads(self) -> bool:
+        """Whether all uploads for the same work have the same length."""
+        return self.codec is None or self.codec.is_fixed
 
     def clip_norm(self, version: task_pb2.VersionManifest) -> float:
         """The L2 norm that holds in a round from this version; 0: none."""
@@ -89,5 +94,5 @@ def parse_plan(payload: bytes) -> Plan:
     layout = layout_from_proto(bundle.layout)
     if bundle.HasField("secure"):
         return Plan(bundle, layout, None, VectorPlan.from_bundle(bundle, device_pb2.WORK_TRAIN).nbytes)
-    codec = UpdateCodec.from_plan(bundle.update)
+    codec = codec_from_plan(bundle.update)
     return Plan(bundle, layout, codec, codec.encoded_bytes(layout))

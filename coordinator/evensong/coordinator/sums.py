@@ -53,7 +53,7 @@ class Sums:
         with self._locked(round_id, plan) as running:
             before = running.entry
             file.read_into(running.buffer)
-            running.accumulator.add(memoryview(running.buffer), weight)
+            running.accumulator.add(memoryview(running.buffer)[: file.received], weight)
             journalled = False
             try:
                 yield running
