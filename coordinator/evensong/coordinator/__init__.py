@@ -11,6 +11,7 @@ from evensong.coordinator.strategies import Optimizers, ServerOptimizer
 from evensong.coordinator.strategy_state import StrategyError
 from evensong.coordinator.task import (
     AdaptiveClipping,
+    Compression,
     LocalTraining,
     Personalization,
     Privacy,
@@ -29,10 +30,13 @@ from evensong.coordinator.views import (
     Version,
 )
 from evensong.wire.codecs import UpdateCodec
+from evensong.wire.rotated import RotatedCodec
+from evensong.wire.top_k import TopKCodec
 
 __all__ = [
     "AccessError",
     "AdaptiveClipping",
+    "Compression",
     "Coordinator",
     "DeviceStatus",
     "EventKind",
@@ -44,6 +48,7 @@ __all__ = [
     "Personalization",
     "Privacy",
     "RejectedError",
+    "RotatedCodec",
     "SecureAggregation",
     "ServerOptimizer",
     "Strategy",
@@ -55,6 +60,7 @@ __all__ = [
     "TaskState",
     "TaskStatus",
     "Tls",
+    "TopKCodec",
     "UpdateCodec",
     "Version",
 ]

@@ -80,6 +80,10 @@ def check_bundle(bundle: task_pb2.TaskBundle) -> None:
     for name, value, bounds in _numbers(bundle):
         if not bounds.holds(value):
             raise TaskError(f"{name} is out of range", expected=bounds, got=value)
+    if bundle.update.download_bits and not 2 <= bundle.update.download_bits <= 8:
+        raise TaskError(
+            "update.download_bits is out of range", expected="2 to 8, or 0", got=bundle.update.download_bits
+        )
     if bundle.update.weighting not in (task_pb2.WEIGHTING_EXAMPLES, task_pb2.WEIGHTING_UNIFORM):
         raise TaskError("update.weighting is unknown", expected="examples or uniform", got=bundle.update.weighting)
     if bundle.round.min_reports > bundle.round.goal_reports:

@@ -22,10 +22,13 @@ from evensong.wire.artifact import decode_artifact
 from evensong.wire.chunks import sha256
 from evensong.wire.codecs import UpdateCodec
 from evensong.wire.program import Artifact, DType, Program, VariableFlag
+from evensong.wire.rotated import RotatedCodec
 from evensong.wire.tensors import FloatArray, Layout, encode_tensors, layout_of, layout_to_proto
+from evensong.wire.top_k import TopKCodec
 
 __all__ = [
     "AdaptiveClipping",
+    "Compression",
     "LocalTraining",
     "Personalization",
     "Privacy",
@@ -124,6 +127,20 @@ class Privacy:
     bands: int | None = None  #: rounds over which "banded" noise is correlated; None: ``min_separation``
 
 
+@dataclass(frozen=True)
+class Compression:
+    """Fewer bytes, up and down. The defaults cost no accuracy that can be measured: 8 bits a value both ways.
+
+    ``update`` goes without ``secure``, whose sums have their own packing (``SecureAggregation(bits=...)``):
+    :class:`UpdateCodec` for stochastic integers, :class:`RotatedCodec` for 1 to 4 bits a value at the least error,
+    :class:`TopKCodec` for the largest values only, the rest of them later.
+    """
+
+    update: UpdateCodec | RotatedCodec | TopKCodec | None = None  #: None: 8-bit integers
+    #: 2 to 8: a device that has the version before fetches the difference, in so many bits a value; None: always all
+    download_bits: int | None = 8
+
+
 @dataclass(frozen=True, init=False)
 class Strategy:
     """A server strategy with its arguments: ``Strategy("fedadam", eta=0.01)``. Absent ones take Flower's defaults."""
@@ -160,7 +177,8 @@ class Task:
     local: LocalTraining = field(default_factory=LocalTraining)
     personalization: Personalization | None = None
     secure: SecureAggregation | None = field(default_factory=SecureAggregation)  #: None: each update is seen singly
-    update: UpdateCodec | None = None  #: without ``secure``; None: 8-bit integers
+    compression: Compression | None = None
+    update: UpdateCodec | RotatedCodec | TopKCodec | None = None  #: short for ``Compression(update, None)``
     privacy: Privacy | None = None  #: differential privacy for whole devices
     clip_norm: float | AdaptiveClipping | None = None  #: L2 norm of an update; None: adaptive if ``secure``, else none
     #: None: "uniform" if ``secure`` or ``privacy``, else "examples"
@@ -266,12 +284,6 @@ class Task:
                 expected="max_weight=...",
                 fix="Choose it near the largest number of examples that a device has: the sum resolves parts of it.",
             )
-        if self.secure and self.update is not None:
-            raise TaskError(
-                "a secure sum packs updates itself",
-                got=self.update,
-                fix="Say SecureAggregation(bits=...), or secure=None for another codec.",
-            )
         plan = self._codec_plan()
         clip = AdaptiveClipping() if self.secure and self.clip_norm is None else self.clip_norm
         if isinstance(clip, AdaptiveClipping):
@@ -290,11 +302,22 @@ class Task:
         return plan
 
     def _codec_plan(self) -> task_pb2.UpdatePlan:
-        if self.secure:
-            return task_pb2.UpdatePlan(
-                codec=task_pb2.CODEC_FIELDS, bits=_whole("secure.bits", self.secure.bits, least=2)
+        compression = Compression(self.update, None) if self.compression is None else self.compression
+        if self.update not in (None, compression.update):
+            raise TaskError("update and compression name two codecs", expected="one of them", got=self.update)
+        if self.secure and compression.update is not None:
+            raise TaskError(
+                "a secure sum packs updates itself",
+                got=compression.update,
+                fix="Say SecureAggregation(bits=...), or secure=None for another codec.",
             )
-        return (self.update or UpdateCodec()).to_plan()
+        if self.secure:
+            bits = _whole("secure.bits", self.secure.bits, least=2)
+            plan = task_pb2.UpdatePlan(codec=task_pb2.CODEC_FIELDS, bits=bits)
+        else:
+            plan = (compression.update or UpdateCodec()).to_plan()
+        plan.download_bits = _whole("compression.download_bits", compression.download_bits, least=2)
+        return plan
 
     def _secure_plan(self) -> task_pb2.SecurePlan | None:
         secure, policy = self.secure, self._round_policy()

@@ -7,6 +7,7 @@ every language.
 from evensong.wire.artifact import artifact_hash, decode_artifact, encode_artifact
 from evensong.wire.chunks import ALREADY_THERE, check_chunk, crc32c, sha256, split
 from evensong.wire.clock import Clock, SystemClock
+from evensong.wire.codec import Codec, codec_from_plan
 from evensong.wire.codecs import UpdateCodec, clip_to_norm
 from evensong.wire.errors import (
     ArtifactError,
@@ -17,6 +18,7 @@ from evensong.wire.errors import (
     UpdateError,
     WireError,
 )
+from evensong.wire.rotated import RotatedCodec
 from evensong.wire.signing import (
     Caller,
     EnrolmentToken,
@@ -39,6 +41,7 @@ from evensong.wire.tensors import (
     layout_size,
     layout_to_proto,
 )
+from evensong.wire.top_k import TopKCodec
 from evensong.wire.transport import Dispatcher, Transport
 
 __all__ = [
@@ -46,14 +49,17 @@ __all__ = [
     "ArtifactError",
     "Caller",
     "Clock",
+    "Codec",
     "CorruptError",
     "Dispatcher",
     "EnrolmentToken",
     "EvensongError",
     "Layout",
+    "RotatedCodec",
     "SignatureError",
     "SystemClock",
     "TensorSpec",
+    "TopKCodec",
     "Transport",
     "UnreachableError",
     "UpdateCodec",
@@ -62,6 +68,7 @@ __all__ = [
     "artifact_hash",
     "check_chunk",
     "clip_to_norm",
+    "codec_from_plan",
     "crc32c",
     "decode_artifact",
     "decode_tensors",
