@@ -15,7 +15,7 @@ from evensong.v1 import task_pb2
 from evensong.wire.artifact import decode_artifact
 from evensong.wire.errors import WireError
 from evensong.wire.program import Artifact
-from evensong.wire.tensors import Layout, decode_tensors, encode_tensors, layout_of
+from evensong.wire.tensors import FloatArray, Layout, decode_tensors, encode_tensors, layout_of
 
 _log = logging.getLogger("evensong.client")
 
@@ -98,6 +98,24 @@ def store_personal(context: Context, material: Material, tensors: dict[str, Arra
     layout = personal_layout(material)
     if layout:
         context.state.set_personal(material.model.task_id, encode_tensors(tensors, layout))
+
+
+def residual_tensors(context: Context, material: Material) -> dict[str, FloatArray] | None:
+    """What the task's last update from here left out, if updates are sparse."""
+    stored = context.state.residual(material.model.task_id)
+    if stored is None:
+        return None
+    try:
+        return decode_tensors(stored, material.model.layout)
+    except WireError as error:  # a task's layout never changes, so this is damage
+        _log.warning("the residual of %s is unusable: %s", material.model.task_id, error)
+        return None
+
+
+def store_residual(context: Context, material: Material, tensors: dict[str, FloatArray] | None) -> None:
+    """Keeps what an update left out, for the next one."""
+    if tensors is not None:
+        context.state.set_residual(material.model.task_id, encode_tensors(tensors, material.model.layout))
 
 
 def _served_blobs(context: Context) -> Iterator[bytes]:

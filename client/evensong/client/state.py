@@ -49,6 +49,9 @@ _MIGRATIONS = (
         recipe TEXT NOT NULL
     );
     """,
+    """
+    CREATE TABLE residuals (task_id TEXT PRIMARY KEY, tensors BLOB NOT NULL);
+    """,
 )
 
 
@@ -174,7 +177,15 @@ class State:
                 connection.execute("DELETE FROM overlays WHERE task_id = ?", (task_id,))
             connection.execute("INSERT OR REPLACE INTO served VALUES (?, ?, ?)", (row.task_id, row.bundle, row.version))
 
-    # what is this device's own: personal tensors (for every version) and overlays (for one version)
+    # what is this device's own: personal tensors (for every version), overlays (for one version), and residuals (what
+    # sparse updates left out, for the next one)
+
+    def residual(self, task_id: str) -> bytes | None:
+        return self._bytes("SELECT tensors FROM residuals WHERE task_id = ?", task_id)
+
+    def set_residual(self, task_id: str, tensors: bytes) -> None:
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO residuals VALUES (?, ?)", (task_id, tensors))
 
     def personal(self, task_id: str) -> bytes | None:
         return self._bytes("SELECT tensors FROM personal WHERE task_id = ?", task_id)

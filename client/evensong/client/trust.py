@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 from evensong.client.context import Limits
 from evensong.client.errors import UnfitError, UntrustedError
 from evensong.v1 import common_pb2, task_pb2
-from evensong.wire.errors import WireError
+from evensong.wire.codec import codec_from_plan
+from evensong.wire.errors import UpdateError, WireError
 from evensong.wire.program import Artifact
 from evensong.wire.signing import verify_blob
 from evensong.wire.tensors import Layout, layout_from_proto, layout_of, layout_size
@@ -108,9 +109,12 @@ def _check_local_plan(plan: task_pb2.LocalPlan) -> None:
 
 
 def _check_update_plan(plan: task_pb2.UpdatePlan) -> None:
-    _expect(plan.codec in (task_pb2.CODEC_FLOAT32, task_pb2.CODEC_QUANTIZED), "unknown codec", plan.codec)
-    if plan.codec == task_pb2.CODEC_QUANTIZED:
-        _expect(1 <= plan.bits <= 16, "bits out of range", plan.bits)
+    if plan.codec != task_pb2.CODEC_FIELDS:
+        try:
+            codec_from_plan(plan)
+        except UpdateError as error:
+            raise UntrustedError("the task does not verify", got=error) from error
+    _expect(plan.download_bits == 0 or 2 <= plan.download_bits <= 8, "download bits", plan.download_bits)
     _expect(math.isfinite(plan.clip_norm) and plan.clip_norm >= 0, "clip norm out of range", plan.clip_norm)
     weightings = (task_pb2.WEIGHTING_EXAMPLES, task_pb2.WEIGHTING_UNIFORM)
     _expect(plan.weighting in weightings, "unknown weighting", plan.weighting)

@@ -35,7 +35,9 @@ from evensong.client.model import (
     open_session,
     open_training_session,
     personal_layout,
+    residual_tensors,
     store_personal,
+    store_residual,
 )
 from evensong.client.outcomes import Aborted, Dropped, Evaluated, Outcome, Postponed, Trained
 from evensong.client.pacing import draw_wait
@@ -140,7 +142,14 @@ async def _train_and_seal(context: Context, work: Work, assignment: device_pb2.A
 
     update = await stoppable(context, run, stop)
     training = update.training
-    sealed = seal(update.delta, material.model.layout, plan.update, examples=training.distinct, rounding=rounding)
+    sealed = seal(
+        update.delta,
+        material.model.layout,
+        plan.update,
+        examples=training.distinct,
+        rounding=rounding,
+        residual=residual_tensors(context, material),
+    )
     metrics = common_pb2.Metrics(examples=training.examples, loss_sum=training.loss_sum, correct=training.correct)
     work = replace(
         work, stage=Stage.SEALED, update=sealed.data, weight=sealed.weight, metrics=metrics.SerializeToString()
@@ -148,6 +157,7 @@ async def _train_and_seal(context: Context, work: Work, assignment: device_pb2.A
     with context.state.transaction():
         context.state.set_work(work)
         store_personal(context, material, update.personal)
+        store_residual(context, material, sealed.residual)
     context.callbacks.emit(Sealed(assignment.task_id, assignment.round, len(sealed.data), sealed.norm))
     return work
 
