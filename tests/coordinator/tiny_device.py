@@ -66,8 +66,10 @@ def make_bundle(
     population: str = POPULATION,
     secure: task_pb2.SecurePlan | None = None,
     clip_norm: float = 1.0,
+    privacy: task_pb2.PrivacyPlan | None = None,
+    adaptive: task_pb2.AdaptiveClipping | None = None,
 ) -> task_pb2.TaskBundle:
-    """A plan with float32 updates, or with 8-bit values in a secure sum."""
+    """A plan with float32 updates, or with 8-bit values in a secure sum; clipped if it is secure or private."""
     update = (codec or UpdateCodec(bits=None)).to_plan()
     update.weighting, update.max_weight = weighting, max_weight
     if secure is not None:
@@ -78,6 +80,11 @@ def make_bundle(
             weighting=task_pb2.WEIGHTING_UNIFORM,
             max_weight=1.0,
         )
+    if privacy is not None:
+        update.clip_norm = clip_norm
+    if adaptive is not None:
+        update.clip_norm = 0.0
+        update.adaptive_clipping.CopyFrom(adaptive)
     return task_pb2.TaskBundle(
         name=name,
         population=population,
@@ -96,6 +103,7 @@ def make_bundle(
         ),
         server=task_pb2.ServerPlan(strategy=strategy),
         training_bytes=training_bytes,
+        privacy=privacy,
         secure=secure,
     )
 
