@@ -37,6 +37,8 @@ def commit_version(context: Context, round_id: int, computed: NextVersion, bytes
                     sha256=bytes.fromhex(computed.parameters_sha256), size_bytes=computed.parameters_bytes
                 ),
                 clip_norm=computed.clip_norm,
+                delta=computed.delta,
+                parent_parameters_sha256=computed.parent_parameters_sha256,
             ),
             computed,
             round.number,
@@ -92,6 +94,7 @@ def insert_version(
             manifest_sha256=hashlib.sha256(payload).hexdigest(),
             parameters_sha256=computed.parameters_sha256,
             parameters_bytes=computed.parameters_bytes,
+            delta_sha256=manifest.delta.sha256.hex() if manifest.HasField("delta") else None,
             strategy_state_sha256=computed.strategy_state_sha256,
             reports=computed.reports,
             total_weight=computed.total_weight,

@@ -356,7 +356,11 @@ class DeviceDispatcher:
                     .join(tables.versions, tables.versions.c.task_id == tables.tasks.c.task_id)
                     .where(
                         tables.tasks.c.population == population,
-                        or_(tables.tasks.c.artifact_sha256 == sha256, tables.versions.c.parameters_sha256 == sha256),
+                        or_(
+                            tables.tasks.c.artifact_sha256 == sha256,
+                            tables.versions.c.parameters_sha256 == sha256,
+                            tables.versions.c.delta_sha256 == sha256,
+                        ),
                     )
                     .limit(1)
                 ).first()

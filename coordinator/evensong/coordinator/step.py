@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sqlalchemy import Row, select
@@ -9,7 +10,7 @@ from sqlalchemy import Row, select
 from evensong.coordinator import rounds, tables
 from evensong.coordinator.aggregate import split_tensors
 from evensong.coordinator.context import Context
-from evensong.coordinator.plan import parse_plan
+from evensong.coordinator.plan import Plan, parse_plan
 from evensong.coordinator.privacy import ledger
 from evensong.coordinator.privacy.ledger import Release
 from evensong.coordinator.privacy.mechanism import release
@@ -18,7 +19,10 @@ from evensong.coordinator.secure_sums import secure_sum
 from evensong.coordinator.strategies import Optimizers
 from evensong.coordinator.sums import Sums
 from evensong.v1 import common_pb2, task_pb2
-from evensong.wire.tensors import decode_tensors, encode_tensors
+from evensong.wire.codecs import RandomWords
+from evensong.wire.download import download_words, encode_download
+from evensong.wire.errors import UpdateError
+from evensong.wire.tensors import FloatArray, decode_tensors, encode_tensors, layout_size
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class NextVersion:
     metrics: common_pb2.Metrics
     clip_norm: float = 0.0  #: of a round that trains from it; 0: the plan's
     release: Release | None = None  #: what it costs, under a privacy plan
+    delta: common_pb2.BlobRef | None = None  #: the parameters against the parent's
+    parent_parameters_sha256: bytes = b""  #: if there is a delta
 
 
 def compute_next_version(
@@ -67,9 +73,10 @@ def compute_next_version(
         earlier=standing.tags,
     )
     context.fault("step.before")
+    before = decode_tensors(context.blobs.read(base.parameters_sha256), plan.layout)
     parameters, state = optimizers.create(plan.bundle.server).step(
         context.blobs.read(base.strategy_state_sha256),
-        decode_tensors(context.blobs.read(base.parameters_sha256), plan.layout),
+        before,
         split_tensors(released.mean, plan.layout),
         round=round.number,
         total_weight=released.weight,
@@ -82,6 +89,8 @@ def compute_next_version(
         else {},
     )
     context.fault("step.after")
+    words = download_words(bytes.fromhex(base.manifest_sha256), round.number)
+    parameters, difference = _as_difference(before, parameters, plan, words)
     encoded = encode_tensors(parameters, plan.layout)
     return NextVersion(
         context.blobs.put(encoded),
@@ -94,4 +103,24 @@ def compute_next_version(
         release=ledger.price(plan.bundle, standing, clip_norm, total.devices, released.tag)
         if plan.bundle.HasField("privacy")
         else None,
+        delta=common_pb2.BlobRef(sha256=bytes.fromhex(context.blobs.put(difference)), size_bytes=len(difference))
+        if difference
+        else None,
+        parent_parameters_sha256=bytes.fromhex(base.parameters_sha256) if difference else b"",
     )
+
+
+def _as_difference(
+    before: Mapping[str, FloatArray], after: dict[str, FloatArray], plan: Plan, words: RandomWords
+) -> tuple[dict[str, FloatArray], bytes]:
+    """The version as its parent plus a difference, and that; or as it is, if there is none, or it is no shorter."""
+    bits = plan.bundle.update.download_bits
+    if not bits:
+        return after, b""
+    try:
+        parameters, difference = encode_download(before, after, plan.layout, bits, words)
+    except UpdateError:  # a step beyond all bounds: devices fetch it whole
+        return after, b""
+    if len(difference) >= 4 * layout_size(plan.layout):
+        return after, b""
+    return parameters, difference

@@ -102,6 +102,8 @@ versions = Table(
     Column("manifest_sha256", String(64), nullable=False),
     Column("parameters_sha256", String(64), nullable=False, index=True),
     Column("parameters_bytes", BigInteger, nullable=False),
+    # Of the parameters against the parent's: a blob, if there is one.
+    Column("delta_sha256", String(64), nullable=True, index=True),
     # Of the server optimiser after this version's step: a blob.
     Column("strategy_state_sha256", String(64), nullable=False),
     Column("reports", BigInteger, nullable=False),

@@ -232,7 +232,7 @@ class ServerPlan(_message.Message):
     def __init__(self, strategy: _Optional[str] = ..., arguments: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class VersionManifest(_message.Message):
-    __slots__ = ("task_id", "bundle_sha256", "number", "parent", "parameters", "clip_norm", "delta")
+    __slots__ = ("task_id", "bundle_sha256", "number", "parent", "parameters", "clip_norm", "delta", "parent_parameters_sha256")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_SHA256_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -240,6 +240,7 @@ class VersionManifest(_message.Message):
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
+    PARENT_PARAMETERS_SHA256_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     bundle_sha256: bytes
     number: int
@@ -247,4 +248,5 @@ class VersionManifest(_message.Message):
     parameters: _common_pb2.BlobRef
     clip_norm: float
     delta: _common_pb2.BlobRef
-    def __init__(self, task_id: _Optional[str] = ..., bundle_sha256: _Optional[bytes] = ..., number: _Optional[int] = ..., parent: _Optional[int] = ..., parameters: _Optional[_Union[_common_pb2.BlobRef, _Mapping]] = ..., clip_norm: _Optional[float] = ..., delta: _Optional[_Union[_common_pb2.BlobRef, _Mapping]] = ...) -> None: ...
+    parent_parameters_sha256: bytes
+    def __init__(self, task_id: _Optional[str] = ..., bundle_sha256: _Optional[bytes] = ..., number: _Optional[int] = ..., parent: _Optional[int] = ..., parameters: _Optional[_Union[_common_pb2.BlobRef, _Mapping]] = ..., clip_norm: _Optional[float] = ..., delta: _Optional[_Union[_common_pb2.BlobRef, _Mapping]] = ..., parent_parameters_sha256: _Optional[bytes] = ...) -> None: ...
