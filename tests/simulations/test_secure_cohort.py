@@ -10,7 +10,7 @@ import pytest
 
 from evensong.secagg import AbortedError, Policy, Primitives, ServerStage
 from evensong.secagg.server import Answer, DeviceMessage
-from evensong.simulations.secure_cohort import SecureCohort, run_cohort
+from evensong.simulations.secure_cohort import SecureCohort, Upload, run_cohort
 
 DEVICES = 300
 POLICY = Policy(corrupted_share=0.05, dropout_share=0.3, min_survivors=100, max_cohort=DEVICES)
@@ -54,11 +54,11 @@ def masked_vectors(primitives_of: Callable[[int | None], Primitives] | None) -> 
     seen: list[Lanes] = []
 
     class Watched(SecureCohort):
-        def device_turn(self, index: int, answer: Answer | None) -> tuple[DeviceMessage, Lanes | None]:
-            message, vector = super().device_turn(index, answer)
-            if vector is not None:
-                seen.append(vector.copy())
-            return message, vector
+        def device_turn(self, index: int, answer: Answer | None) -> tuple[DeviceMessage, Upload | None]:
+            message, upload = super().device_turn(index, answer)
+            if upload:
+                seen.append(upload.lanes.copy())
+            return message, upload
 
     policy = Policy(corrupted_share=0.05, dropout_share=0.3, min_survivors=3, max_cohort=70)
     Watched(70, vector_of, policy=policy, primitives_of=primitives_of).run({ServerStage.MASKED: range(10)})

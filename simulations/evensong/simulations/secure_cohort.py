@@ -51,6 +51,14 @@ class CohortResult:
     reached: Mapping[ServerStage, int]  #: how many devices completed each stage
 
 
+@dataclass(frozen=True)
+class Upload:
+    """A masked vector, and the hash that coordinators check uploads against."""
+
+    lanes: Lanes
+    sha256: bytes
+
+
 def run_cohort(
     devices: int,
     vector_of: Callable[[int], Lanes],
@@ -144,14 +152,14 @@ class SecureCohort:
         answer = None
         if stage is not ServerStage.ADVERTISE:
             answer = self.server.answer(device_id, SENDING[SENDING.index(stage) - 1])
-        message, vector = self.device_turn(index, answer)
-        digest = sha256(vector.data) if vector is not None else None
+        message, upload = self.device_turn(index, answer)
+        digest = upload.sha256 if upload else None
         self.server.receive(device_id, message, vector_sha256=digest, now_unix_ms=_NOW_UNIX_MS)
-        if vector is not None:
-            self._total = vector if self._total is None else np.add(self._total, vector, out=self._total)
+        if upload:
+            self._total = upload.lanes if self._total is None else np.add(self._total, upload.lanes, out=self._total)
 
-    def device_turn(self, index: int, answer: Answer | None) -> tuple[DeviceMessage, Lanes | None]:
-        """What a device does with an answer, None at first: its message, and its vector if that is the masked one."""
+    def device_turn(self, index: int, answer: Answer | None) -> tuple[DeviceMessage, Upload | None]:
+        """What a device does with an answer, None at first: its message, and what it uploaded before that message."""
         device = self.devices[index]
         if answer is None:
             return device.advertise(), None
@@ -159,9 +167,10 @@ class SecureCohort:
             return device.on_roster(answer, _NOW_UNIX_MS), None
         if isinstance(answer, secagg_pb2.SecureDelivery):
             device.on_delivery(answer)
-            vector = self.vector_of(index)
-            device.mask(vector)
-            return device.masked(sha256(vector.data)), vector
+            lanes = self.vector_of(index)
+            device.mask(lanes)
+            upload = Upload(lanes, sha256(lanes.data))
+            return device.masked(upload.sha256), upload
         if isinstance(answer, secagg_pb2.SecureSurvivors):
             return device.on_survivors(answer), None
         return device.on_quorum(answer), None
