@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import aclosing
 
 from evensong.client.callbacks import Downloaded
 from evensong.client.calls import raise_refusal
 from evensong.client.context import Context
-from evensong.client.errors import UnfitError, UntrustedError
+from evensong.client.errors import RefusedError, UnfitError, UntrustedError
+from evensong.client.trust import TrustedModel
 from evensong.v1 import common_pb2, device_pb2
-from evensong.wire.chunks import crc32c
-from evensong.wire.errors import CorruptError, UnreachableError
+from evensong.wire.chunks import crc32c, sha256
+from evensong.wire.download import apply_download
+from evensong.wire.errors import CorruptError, UnreachableError, WireError
+from evensong.wire.tensors import decode_tensors, encode_tensors
+
+_log = logging.getLogger("evensong.client")
 
 
 async def fetch(context: Context, blob: common_pb2.BlobRef, what: str) -> bytes:
@@ -25,6 +31,43 @@ async def fetch(context: Context, blob: common_pb2.BlobRef, what: str) -> bytes:
     if len(data) != blob.size_bytes:
         raise UntrustedError(f"the {what} has another size than it should", expected=blob.size_bytes, got=len(data))
     return data
+
+
+async def fetch_parameters(context: Context, model: TrustedModel) -> bytes:
+    """The version's parameters: from the cache, by the difference to a parent that is there, or whole.
+
+    A difference is only a shorter way to bytes whose hash is signed: one that is not there, damaged, or leads elsewhere
+    is a reason to fetch the whole, and no more. Raises what :func:`fetch` raises.
+    """
+    version = model.version
+    wanted, parent = version.parameters, version.parent_parameters_sha256
+    if version.HasField("delta") and not context.cache.has(wanted.sha256) and context.cache.has(parent):
+        try:
+            difference = await fetch(context, version.delta, "difference to the version before")
+            _keep(context, wanted, _apply(context, model, difference))
+        except (WireError, UntrustedError, RefusedError) as error:
+            if isinstance(error, RefusedError) and error.is_passing:
+                raise
+            _log.info("version %s of %s is fetched whole: %s", version.number, model.task_id, error)
+    return await fetch(context, wanted, "parameters")
+
+
+def _apply(context: Context, model: TrustedModel, difference: bytes) -> bytes:
+    before = context.cache.get(model.version.parent_parameters_sha256)
+    if before is None:
+        raise CorruptError("the version before was damaged in the cache")
+    parent = decode_tensors(before, model.layout)
+    after = apply_download(parent, difference, model.layout, model.bundle.update.download_bits)
+    return encode_tensors(after, model.layout)
+
+
+def _keep(context: Context, blob: common_pb2.BlobRef, data: bytes) -> None:
+    """Puts into the cache what was made here instead of fetched; :class:`UntrustedError` if it is not that blob."""
+    if sha256(data) != blob.sha256:
+        raise UntrustedError("the difference leads to another version than the signed one")
+    received = context.cache.received(blob.sha256)  # the whole may have begun to arrive
+    context.cache.append(blob.sha256, received, data[received:])
+    context.cache.finish(blob.sha256)
 
 
 async def _download(context: Context, blob: common_pb2.BlobRef, what: str) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from evensong.client.context import Context
 from evensong.client.errors import UntrustedError
-from evensong.client.fetch import fetch
+from evensong.client.fetch import fetch, fetch_parameters
 from evensong.client.trust import TrustedModel, check_artifact, check_training_fits
 from evensong.mobile_runtime.session import Array, Session
 from evensong.v1 import task_pb2
@@ -33,7 +33,7 @@ class Material:
 async def obtain(context: Context, model: TrustedModel) -> Material:
     """Artifact and parameters, fetched as needed and checked against the signed layout."""
     artifact_bytes = await fetch(context, model.bundle.artifact, "artifact")
-    parameters = await fetch(context, model.version.parameters, "parameters")
+    parameters = await fetch_parameters(context, model)
     context.cache.trim({*blobs_of(model.bundle, model.version), *_served_blobs(context)})
     return check_material(model, artifact_bytes, parameters)
 

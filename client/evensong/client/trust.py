@@ -67,6 +67,11 @@ def trust(
         manifest.parameters.size_bytes <= 4 * layout_size(layout) + len(layout) * 512 + _FRAME_BYTES,
         "the parameters are larger than their layout",
     )
+    if manifest.HasField("delta"):
+        _check_size(manifest.delta, limits)
+        _expect(plan.update.download_bits > 0, "the task has no differences")
+        _expect(manifest.delta.size_bytes <= manifest.parameters.size_bytes, "a difference is larger than the whole")
+        _expect(len(manifest.parent_parameters_sha256) == 32, "the parent's address has the wrong length")
     if len(layout) > limits.tensors:
         raise UnfitError("the task has too many tensors", expected=f"at most {limits.tensors}", got=len(layout))
     return TrustedModel(task_id, plan, manifest, hashlib.sha256(version.payload).digest(), layout)
