@@ -32,6 +32,7 @@ _EXTRAS = {
     "sklearn": "demo",
     "onnx": "bench",
     "onnxruntime": "bench",
+    "dp_accounting": "privacy",
     "alembic": "coordinator",
     "flwr": "coordinator",
     "fsspec": "coordinator",

@@ -23,7 +23,7 @@ import grpc
 
 from evensong.coordinator.credentials import AccessError, Tls, find_token, is_loopback
 from evensong.coordinator.task import Task
-from evensong.coordinator.views import DeviceStatus, IssuedToken, TaskEvent, TaskStatus, Version
+from evensong.coordinator.views import DeviceStatus, IssuedToken, PrivacyLedger, TaskEvent, TaskStatus, Version
 from evensong.v1 import common_pb2, operator_pb2, operator_pb2_grpc
 from evensong.wire.chunks import ALREADY_THERE, check_chunk, sha256, split
 from evensong.wire.errors import CorruptError, EvensongError, UnreachableError
@@ -198,6 +198,13 @@ class Coordinator:
             got=number,
         )
 
+    # ---------------------------------------------------------------------------------------------------------- privacy
+
+    def privacy(self, task_id: str = "", *, population: str = "") -> PrivacyLedger:
+        """What a task, or all tasks of a population, have spent of their privacy, release by release."""
+        request = operator_pb2.ReadPrivacyLedgerRequest(task_id=task_id, population=population)
+        return PrivacyLedger.of(self._call(self._stub.ReadPrivacyLedger, request))
+
     # ---------------------------------------------------------------------------------------------------------- devices
 
     def create_token(self, population: str = "default", uses: int = 1, lifetime: float = 24 * 3600.0) -> IssuedToken:
@@ -325,6 +332,10 @@ class TaskHandle:
     def rollback(self) -> int:
         """See :meth:`Coordinator.rollback`."""
         return self.coordinator.rollback(self.task_id)
+
+    def privacy(self) -> PrivacyLedger:
+        """See :meth:`Coordinator.privacy`."""
+        return self.coordinator.privacy(self.task_id)
 
     def stop(self) -> None:
         """See :meth:`Coordinator.stop`."""

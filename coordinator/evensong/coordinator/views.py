@@ -194,6 +194,62 @@ class IssuedToken:
         return self.text
 
 
+@dataclass(frozen=True)
+class PrivacyRelease:
+    """One entry of the privacy ledger."""
+
+    task_id: str
+    round: int
+    version: int  #: 0: a noised sum that the coordinator saw and made no version of
+    mechanism: str
+    noise_multiplier: float
+    clip_norm: float
+    devices: int  #: in the sum
+    sampling_probability: float  #: 1: no amplification is claimed
+    epsilon: float  #: spent by the task, this release included
+    delta: float
+    created: datetime  #: UTC
+
+    @classmethod
+    def of(cls, entry: operator_pb2.PrivacyLedgerEntry) -> PrivacyRelease:
+        return cls(
+            entry.task_id,
+            entry.round,
+            entry.version,
+            task_pb2.PrivacyMechanism.Name(entry.mechanism).removeprefix("PRIVACY_MECHANISM_").lower(),
+            entry.noise_multiplier,
+            entry.clip_norm,
+            entry.devices,
+            entry.sampling_probability,
+            entry.epsilon,
+            entry.delta,
+            _time(entry.created_unix_ms),
+        )
+
+
+@dataclass(frozen=True)
+class PrivacyLedger:
+    """What a task, or all tasks of a population, have spent. ``plan`` is the task's, if it has one."""
+
+    plan: task_pb2.PrivacyPlan | None
+    releases: tuple[PrivacyRelease, ...]
+
+    @property
+    def epsilon(self) -> float:
+        """Spent by each task, added up: basic composition, an upper bound at the sum of their deltas."""
+        return sum({release.task_id: release.epsilon for release in self.releases}.values())
+
+    @property
+    def delta(self) -> float:
+        """That goes with :attr:`epsilon`."""
+        return sum({release.task_id: release.delta for release in self.releases}.values())
+
+    @classmethod
+    def of(cls, response: operator_pb2.ReadPrivacyLedgerResponse) -> PrivacyLedger:
+        plan = response.plan if response.HasField("plan") else None
+        return cls(plan, tuple(PrivacyRelease.of(entry) for entry in response.entries))
+
+
 def _time(unix_ms: int) -> datetime:
     return datetime.fromtimestamp(unix_ms / 1000, UTC)
 

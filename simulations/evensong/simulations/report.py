@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from evensong.simulations import svg
+from evensong.coordinator import svg
 from evensong.simulations.results import DeviceOutcome, Results, Sample
 
 

@@ -174,7 +174,7 @@ def _distributed_epsilon(accounting: Accounting, grid: Grid, times: int) -> floa
 
 
 def _grid(bundle: task_pb2.TaskBundle) -> Grid:
-    """The same for every clip norm: the step follows it."""
+    """The same for every clip norm, as the step follows it."""
     size, secure = layout_size(layout_from_proto(bundle.layout)), bundle.secure
     step = VectorPlan(size, bundle.update.bits, max_cohort=1).step(1.0)
     honest = (1.0 - secure.corrupted_share) * secure.min_survivors

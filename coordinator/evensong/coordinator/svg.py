@@ -1,11 +1,11 @@
-"""The four kinds of picture in a report, as inline SVG strings. Colours and fonts come from the page's style sheet by
-class.
+"""Pictures as SVG strings, for a page that gives colours and fonts by class; :func:`standalone` makes one a file.
 
 Every picture carries a title for screen readers; marks differ by shape as well as by colour.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
@@ -43,6 +43,53 @@ def line_chart(title: str, points: Sequence[tuple[float, float]], *, x_label: st
         x, y = places[-1]
         parts.append(_text(x + 8, y + 4, f"{points[-1][1]:.1%}", "start", "strong federated-text"))
     return _picture(title, height, parts)
+
+
+def rising_chart(
+    title: str, points: Sequence[tuple[float, float]], *, x_label: str, y_label: str, limit: float | None = None
+) -> str:
+    """A curve from 0 on, with its last value written out, and a line at ``limit``."""
+    height, top, bottom, right = 260, 22, 44, WIDTH - _RIGHT - 44
+    last = max((x for x, _ in points), default=1.0) or 1.0
+    largest = 1.08 * max([y for _, y in points] + ([limit] if limit else []), default=1.0) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return _LEFT + (right - _LEFT) * x / last, top + (height - top - bottom) * (1 - y / largest)
+
+    step = 10.0 ** math.floor(math.log10(largest))
+    step *= next(factor for factor in (0.2, 0.5, 1.0, 2.0) if largest / (step * factor) <= 6)
+    parts = [_text(_LEFT, 12, y_label, "middle", "quiet")]
+    for index in range(int(largest / step) + 1):
+        _, y = place(0, index * step)
+        parts.append(_line(_LEFT, y, right, y, "grid"))
+        parts.append(_text(_LEFT - 8, y + 4, f"{index * step:g}", "end"))
+    parts += [_text(place(x, 0)[0], height - bottom + 18, f"{x:g}", "middle") for x in _ticks(last)]
+    parts.append(_text((_LEFT + right) / 2, height - 6, x_label, "middle", "quiet"))
+    if limit is not None:
+        _, y = place(0, limit)
+        parts.append(_line(_LEFT, y, right, y, "rule limit"))
+        parts.append(_text(right + 6, y + 4, f"{limit:g}", "start", "quiet"))
+    places = [place(x, y) for x, y in points]
+    parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" class="curve federated"/>')
+    if points:
+        x, y = places[-1]
+        parts.append(_dot(x, y, "federated", f"{x_label} {points[-1][0]:g}: {points[-1][1]:.4g}", radius=3))
+        parts.append(_text(x + 6, y + 16, f"{points[-1][1]:.3g}", "start", "strong"))
+    return _picture(title, height, parts)
+
+
+def standalone(picture: str) -> str:
+    """A picture as a file of its own, with plain colours that read on light and dark."""
+    return picture.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" ', 1).replace(
+        "</title>", f"</title><style>{_PLAIN}</style>", 1
+    )
+
+
+_PLAIN = """
+text { font: 13px system-ui, sans-serif; fill: #777 } .strong { font-weight: 600; fill: #3b6ea5 }
+.grid { stroke: #8884; } .rule { stroke: #888; } .limit { stroke: #b5493b; stroke-dasharray: 5 4 }
+.curve { fill: none; stroke: #3b6ea5; stroke-width: 2 } .federated { fill: #3b6ea5 } polyline.federated { fill: none }
+"""
 
 
 def dumbbells(
@@ -182,6 +229,6 @@ def _percentages(lowest: float) -> list[float]:
 
 def _ticks(last: float) -> list[float]:
     """About eight round numbers from 0 to ``last``."""
-    steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
     step = next((step for step, larger in pairwise(steps) if last / step <= 8 and larger), steps[-1])
     return [float(value) for value in range(0, int(last) + 1, step)]
