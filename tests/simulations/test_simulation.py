@@ -68,7 +68,7 @@ def test_each_accepted_update_counts_once(run: str, request: pytest.FixtureReque
     committed = [event for event in result.events if event.kind == EventKind.VERSION_COMMITTED]
     assert [event.version for event in committed] == [1, 2, 3]
     epochs_of_all = 2 * sum(len(client.train) for client in CLIENTS)
-    update_bytes = TASK.update.encoded_bytes(TASK.layout)
+    update_bytes = UpdateCodec().encoded_bytes(TASK.layout)
     for event in committed:
         assert event.reports == 4
         assert event.metrics is not None and event.metrics.examples == epochs_of_all
