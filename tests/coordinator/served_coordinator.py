@@ -92,4 +92,5 @@ class ServedCoordinator:
         bundle = task_pb2.TaskBundle.FromString(assignment.bundle.payload)
         update = device.make_update(layout_from_proto(bundle.layout), UpdateCodec.from_plan(bundle.update))
         upload_id = await device.upload(assignment.lease, update)
-        return not (await device.commit(upload_id, assignment.lease)).HasField("refusal")
+        weight = 1.0 if bundle.update.weighting == task_pb2.WEIGHTING_UNIFORM else 10.0
+        return not (await device.commit(upload_id, assignment.lease, weight=weight)).HasField("refusal")

@@ -192,8 +192,9 @@ def _figures(accounting: Accounting, rounds: int, goal: int, parameters: int) ->
 
 
 def _curve(accounting: Accounting, rounds: int) -> list[tuple[float, float]]:
-    """Epsilon at up to 20 points; each may take half a second."""
-    at = sorted({max(1, round(rounds * step / 20)) for step in range(1, 21)})
+    """Epsilon at up to 24 points; at 8 where each may take half a second."""
+    steps = 24 if accounting.sampling_probability == 1 else 8
+    at = sorted({max(1, round(rounds * step / steps)) for step in range(1, steps + 1)})
     return [(0.0, 0.0), *((float(count), accounting.epsilon(count)) for count in at)]
 
 
