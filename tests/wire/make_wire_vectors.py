@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from evensong.wire import EnrolmentToken, TensorSpec, UpdateCodec, crc32c, sha256, split
+from evensong.wire import Codec, EnrolmentToken, RotatedCodec, TensorSpec, TopKCodec, UpdateCodec, crc32c, sha256, split
+from evensong.wire.download import download_words, encode_download
+from evensong.wire.rotation import rotate
 from evensong.wire.signing import device_id_of, public_key_of, sign_blob, sign_request
 from evensong.wire.tensors import Layout, encode_tensors
 
@@ -90,7 +92,75 @@ def _codecs() -> object:
                     "decoded_f32": flat.astype("<f4").tobytes().hex(),
                 }
             )
-    return {"tensors": _described(_values()), "words": words.tolist(), "cases": cases}
+    return {
+        "tensors": _described(_values()),
+        "words": words.tolist(),
+        "cases": cases,
+        "rotations": _rotations(),
+        "rotated": _flat_cases([RotatedCodec(bits) for bits in (1, 2, 3, 4)], words),
+        "sparse": _flat_cases([TopKCodec(0.2), TopKCodec(0.5), TopKCodec(0.2, None)], words),
+        "download": _download(words),
+    }
+
+
+def _short_values(size: int) -> npt.NDArray[np.float32]:
+    """Multiples of 1/8: sums of them are exact in float32, so that every machine rotates them to the same bits."""
+    return ((np.arange(size) * 37 % 61 - 30) / 8).astype(np.float32)
+
+
+def _rotations() -> object:
+    """Sizes whose window is a power of four, so that its square root is exact too; windows alone and overlapping."""
+    return [
+        {
+            "seed": seed.hex(),
+            "values": _short_values(size).astype(float).tolist(),
+            "rotated_f32": rotate(_short_values(size), seed).astype("<f4").tobytes().hex(),
+        }
+        for size in (1, 4, 5, 7, 16, 24, 31, 64, 100)
+        for seed in (bytes(16), bytes(range(16)))
+    ]
+
+
+def _flat_cases(codecs: list[Codec], words: npt.NDArray[np.uint32]) -> object:
+    layout = (TensorSpec("body", (5, 4)), TensorSpec("bias", (4,)))
+    values = _short_values(24)
+    tensors = {"body": values[:20].reshape(5, 4), "bias": values[20:]}
+    cases = []
+    for codec in codecs:
+        encoded = codec.encode_with(tensors, layout, lambda count: words[:count])
+        decoded = codec.decode(encoded, layout)
+        flat = np.concatenate([decoded[spec.name].reshape(-1) for spec in layout])
+        cases.append(
+            {
+                "bits": codec.bits,
+                **({"keep_fraction": codec.keep_fraction} if isinstance(codec, TopKCodec) else {}),
+                "encoded": encoded.hex(),
+                "decoded_f32": flat.astype("<f4").tobytes().hex(),
+            }
+        )
+    return {"tensors": _described(tensors), "cases": cases}
+
+
+def _download(words: npt.NDArray[np.uint32]) -> object:
+    parent = _values()
+    target = {name: array + np.float32(0.25) * array**2 for name, array in parent.items()}
+    cases = []
+    for bits in (2, 4, 5):  # where Huffman codes do not pay: libraries differ in theirs
+        left = iter(words)
+        version, difference = encode_download(
+            parent,
+            target,
+            LAYOUT,
+            bits,
+            lambda count, left=left: np.array([next(left) for _ in range(count)], np.uint32),
+        )
+        cases.append({"bits": bits, "difference": difference.hex(), "version": encode_tensors(version, LAYOUT).hex()})
+    return {
+        "parent": encode_tensors(parent, LAYOUT).hex(),
+        "target": encode_tensors(target, LAYOUT).hex(),
+        "first_words": download_words(bytes(range(32)), 7)(4).tolist(),
+        "cases": cases,
+    }
 
 
 def _chunks() -> object:

@@ -15,7 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from evensong.v1 import common_pb2, task_pb2
 from evensong.wire import (
     EnrolmentToken,
+    RotatedCodec,
     TensorSpec,
+    TopKCodec,
     UpdateCodec,
     WireError,
     check_chunk,
@@ -30,6 +32,8 @@ from evensong.wire import (
     verify_blob,
     verify_request,
 )
+from evensong.wire.download import apply_download, download_words, encode_download
+from evensong.wire.rotation import rotate, unrotate
 
 FOLDER = Path(__file__).parents[2] / "protos" / "vectors"
 
@@ -79,6 +83,47 @@ def test_codecs(case: dict[str, Any]) -> None:
     decoded = codec.decode(encoded, layout)
     flat = np.concatenate([decoded[spec.name].reshape(-1) for spec in layout])
     assert flat.astype("<f4").tobytes().hex() == case["decoded_f32"]
+
+
+@pytest.mark.parametrize("case", load("codecs")["rotations"], ids=lambda case: str(len(case["values"])))
+def test_rotations(case: dict[str, Any]) -> None:
+    values, seed = np.array(case["values"], np.float32), bytes.fromhex(case["seed"])
+    rotated = rotate(values, seed)
+    assert rotated.astype("<f4").tobytes().hex() == case["rotated_f32"]
+    assert (unrotate(rotated, seed) == values).all()
+
+
+@pytest.mark.parametrize("kind", ["rotated", "sparse"])
+def test_flat_codecs(kind: str) -> None:
+    vector = load("codecs")
+    layout, tensors = read_tensors(vector[kind]["tensors"])
+    words = np.array(vector["words"], np.uint32)
+    for case in vector[kind]["cases"]:
+        codec = RotatedCodec(case["bits"]) if kind == "rotated" else TopKCodec(case["keep_fraction"], case["bits"])
+        encoded = bytes.fromhex(case["encoded"])
+        assert codec.encode_with(tensors, layout, lambda count: words[:count]) == encoded
+        decoded = codec.decode(encoded, layout)
+        flat = np.concatenate([decoded[spec.name].reshape(-1) for spec in layout])
+        assert flat.astype("<f4").tobytes().hex() == case["decoded_f32"]
+
+
+def test_downloads() -> None:
+    vector = load("codecs")
+    layout, _ = read_tensors(vector["tensors"])
+    parent, target = (decode_tensors(bytes.fromhex(vector["download"][name]), layout) for name in ("parent", "target"))
+    assert download_words(bytes(range(32)), 7)(4).tolist() == vector["download"]["first_words"]
+    for case in vector["download"]["cases"]:
+        taken = iter(vector["words"])
+        version, difference = encode_download(
+            parent,
+            target,
+            layout,
+            case["bits"],
+            lambda count, taken=taken: np.array([next(taken) for _ in range(count)], np.uint32),
+        )
+        assert difference.hex() == case["difference"]
+        applied = apply_download(parent, difference, layout, case["bits"])
+        assert encode_tensors(applied, layout) == encode_tensors(version, layout) == bytes.fromhex(case["version"])
 
 
 def test_chunks() -> None:
