@@ -27,7 +27,9 @@ from evensong.secagg.vector import VectorPlan
 from evensong.simulations.secure_cohort import CohortResult, SecureCohort, Upload, run_cohort
 
 PARAMETERS = 1_000_000
-CORRUPTED, DROPOUT = 0.05, 0.3  # 1,000 devices then have degree 66 and threshold 23
+CORRUPTED = 0.05
+DROPOUT = 0.3  # 1,000 devices then have degree 66 and threshold 23
+DROPOUT_OF_TEN_THOUSAND = 0.2  # what tasks assume by default: degree 60, threshold 25
 CORES = 2
 KINDS = 8  # of different vectors in a cohort
 
@@ -110,7 +112,7 @@ def _ten_thousand() -> float:
     result = run_cohort(
         devices,
         vectors,
-        policy=Policy(CORRUPTED, DROPOUT, min_survivors=devices // 2, max_cohort=devices),
+        policy=Policy(CORRUPTED, DROPOUT_OF_TEN_THOUSAND, min_survivors=devices // 2, max_cohort=devices),
         dropped={
             ServerStage.SHARES: range(100),
             ServerStage.MASKED: range(1_000),

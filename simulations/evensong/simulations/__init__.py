@@ -15,6 +15,7 @@ _HOMES = {
     "fleet": ("Examples", "Fleet", "Shard", "make_fleet"),
     "in_memory": ("InMemoryTransport", "Network"),
     "partition": ("divide_by", "flower", "label_skew"),
+    "secure_cohort": ("CohortResult", "run_cohort"),
     "simulation": ("ClientResult", "SimulationError", "SimulationResult", "simulate"),
     "virtual_time": ("SimulatedClock", "VirtualTimeLoop"),
 }
@@ -22,6 +23,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ClientResult",
+    "CohortResult",
     "DataError",
     "Dataset",
     "Examples",
@@ -38,6 +40,7 @@ __all__ = [
     "label_skew",
     "load_dataset",
     "make_fleet",
+    "run_cohort",
     "simulate",
 ]
 
