@@ -76,6 +76,17 @@ class Sealed(Event):
 
 
 @dataclass(frozen=True)
+class SecureStage(Event):
+    """A stage of a secure round has begun: "shares", "masked", "commit" or "unmask", in a cohort of ``members``."""
+
+    task_id: str
+    round: int
+    attempt: int
+    stage: str
+    members: int
+
+
+@dataclass(frozen=True)
 class Uploaded(Event):
     """The update was committed; ``bytes_up`` counts what was sent since the device last started."""
 

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError, Message
 
 from evensong.client.errors import RefusedError
 from evensong.client.identity import Identity
-from evensong.v1 import common_pb2, device_pb2
+from evensong.v1 import common_pb2, device_pb2, secagg_pb2
 from evensong.wire.clock import Clock
 from evensong.wire.errors import UnreachableError
 from evensong.wire.signing import sign_request
@@ -47,6 +47,10 @@ class Calls:
 
     async def commit_upload(self, request: device_pb2.CommitUploadRequest) -> device_pb2.CommitUploadResponse:
         return await self._call("CommitUpload", request.SerializeToString(), device_pb2.CommitUploadResponse)
+
+    async def secure(self, request: secagg_pb2.SecureRequest) -> secagg_pb2.SecureResponse:
+        """A step of a secure round. It may be held, and has no ``next`` while the stage is open."""
+        return await self._call("Secure", request.SerializeToString(), secagg_pb2.SecureResponse)
 
     async def report(self, request: device_pb2.ReportRequest) -> device_pb2.ReportResponse:
         return await self._call("Report", request.SerializeToString(), device_pb2.ReportResponse)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from evensong.client import __version__
 from evensong.client.callbacks import CheckedIn
 from evensong.client.context import Context
+from evensong.client.enrol import adopt_certificate, certificate_expiry
 from evensong.client.errors import RefusedError
 from evensong.client.state import Stage, Work
 from evensong.v1 import common_pb2, device_pb2
@@ -43,6 +44,8 @@ async def check_in(context: Context, *, hold_ms: int) -> Answer:
         context.state.clear_request(_REQUEST)
         if work:
             context.state.set_work(work)
+    if response.certificate:
+        adopt_certificate(context, response.certificate)
     given = response.assignment
     context.callbacks.emit(CheckedIn(_WORK[given.work], given.task_id) if work else CheckedIn(None, None))
     return Answer(work, tuple(response.serving[:_MOST_SERVED]), response.retry, refused)
@@ -57,6 +60,7 @@ def _request(context: Context, hold_ms: int) -> bytes:
         training_examples=context.examples.count("train"),
         evaluation_examples=context.examples.count("test"),
         wait_ms=min(max(hold_ms, 0), _MOST_HOLD_MS),
+        certificate_expires_unix_ms=certificate_expiry(context),
     ).SerializeToString()
 
 

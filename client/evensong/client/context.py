@@ -16,6 +16,7 @@ from evensong.client.identity import Identity
 from evensong.client.randomness import Randomness
 from evensong.client.state import State
 from evensong.mobile_runtime.session import Session
+from evensong.secagg.primitives import Primitives
 from evensong.wire.clock import Clock
 
 Result = TypeVar("Result")
@@ -47,6 +48,7 @@ class Limits:
     lease_ms: int = 24 * 3600 * 1000
     tensors: int = 10_000
     attempts: int = 3  #: an assignment that ends the process this often is given back
+    least_survivors: int = 3  #: a secure sum over fewer devices is refused, whatever the task says
     hold_ms: int = 30_000  #: how long a check-in may be held by the coordinator, at most 60,000
 
 
@@ -67,4 +69,5 @@ class Context:
     memory_bytes: int
     run_blocking: RunBlocking
     load: Callable[[bytes], Session]
+    primitives: Primitives = field(default_factory=Primitives)  #: of secure sums; a simulation's remember what they did
     limits: Limits = field(default_factory=Limits)

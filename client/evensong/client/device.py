@@ -68,8 +68,9 @@ class Device:
 
     ``coordinator`` and ``token`` are needed once: address and population are kept with the enrolment. Every other part
     has a default and can be replaced by an object: ``conditions`` (when to work), ``callbacks`` (progress), ``tls``,
-    ``limits``, ``examples``, ``cache``. A simulator injects ``transport``, ``clock``, ``seed`` and ``run_blocking``,
-    and ``state_dir=None`` keeps everything in memory.
+    ``limits``, ``examples``, ``cache``. ``authority`` (a public key, 32 bytes) and ``certificate`` are for a fleet
+    whose enrolment authority is not the coordinator (``docs/threat-model.md``). A simulator injects ``transport``,
+    ``clock``, ``seed`` and ``run_blocking``, and ``state_dir=None`` keeps everything in memory.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Device:
         memory_bytes: int = 256 << 20,
         limits: Limits | None = None,
         tls: Tls | None = None,
+        authority: bytes | None = None,
+        certificate: bytes | None = None,
         transport: Transport | None = None,
         examples: Examples | None = None,
         cache: Cache | None = None,
@@ -101,6 +104,8 @@ class Device:
             self.coordinator = self._remember("coordinator", coordinator)
             self.population = self._remember("population", population) or "default"
             self._token = token
+            self._authority = authority
+            self._certificate = certificate
             self._tls = tls
             self._transport = transport
             if cache is None:
@@ -140,7 +145,7 @@ class Device:
 
     def enrol(self) -> None:
         """Registers this device with its token, once; later calls do nothing. Raises :class:`EnrolmentError`."""
-        self._sync(enrol(self._context, self._token))
+        self._sync(self._enrol())
 
     def step(self) -> Outcome:
         """One check-in and, if there was work, all of it."""
@@ -175,9 +180,12 @@ class Device:
         self._backoff.reset()
         return outcome
 
+    async def _enrol(self) -> None:
+        await enrol(self._context, self._token, authority=self._authority, certificate=self._certificate)
+
     async def _step(self) -> Outcome:
         context = self._context
-        await enrol(context, self._token)
+        await self._enrol()
         work = context.state.work()
         if work is not None:  # a former step or a former life did not finish it
             return await execute(context, work)

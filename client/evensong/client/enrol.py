@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 from evensong.client.callbacks import Enrolled
 from evensong.client.context import Context
 from evensong.client.errors import EnrolmentError, RefusedError
+from evensong.secagg import certificates
+from evensong.secagg.errors import ProtocolError
 from evensong.v1 import device_pb2
 from evensong.wire.errors import EvensongError, SignatureError, UnreachableError
 from evensong.wire.signing import EnrolmentToken
 
 _REQUEST = "enrol"
+_log = logging.getLogger("evensong.client")
 
 
 def is_enrolled(context: Context) -> bool:
@@ -25,11 +30,49 @@ def signer_public_key(context: Context) -> bytes:
     return key
 
 
-async def enrol(context: Context, token: str | None) -> None:
-    """Does nothing if it was done. A request without an answer is sent again as it was: a token is used up once."""
+def authority_public_key(context: Context) -> bytes:
+    """The pinned key that certifies devices: the signer's own, unless the device was told another one."""
+    return context.state.fact("authority_public_key") or signer_public_key(context)
+
+
+def certificate_of(context: Context) -> bytes | None:
+    """This device's certificate, if it has one that is still valid."""
+    certificate = context.state.fact("certificate")
+    try:
+        _check_certificate(context, certificate or b"", authority_public_key(context))
+    except EnrolmentError:
+        return None
+    return certificate
+
+
+def adopt_certificate(context: Context, certificate: bytes) -> None:
+    """Keeps what a check-in brought, if it is good and newer than what is there."""
+    try:
+        _check_certificate(context, certificate, authority_public_key(context))
+    except EnrolmentError as error:
+        _log.warning("the coordinator sent a certificate that does not hold: %s", error)
+        return
+    if certificates.expires_unix_ms(certificate) > certificate_expiry(context):
+        context.state.set_facts(certificate=certificate)
+
+
+def certificate_expiry(context: Context) -> int:
+    """Unix milliseconds; 0 without a certificate."""
+    certificate = context.state.fact("certificate")
+    return certificates.expires_unix_ms(certificate) if certificate else 0
+
+
+async def enrol(
+    context: Context, token: str | None, *, authority: bytes | None = None, certificate: bytes | None = None
+) -> None:
+    """Does nothing if it was done. A request without an answer is sent again as it was: a token is used up once.
+
+    ``authority`` pins the key of an enrolment authority that is not the coordinator, ``certificate`` is that
+    authority's word on this device.
+    """
     if is_enrolled(context):
         return
-    body = _request(context, token)
+    body = _request(context, token, certificate or b"")
     request = device_pb2.EnrolRequest.FromString(body)
     try:
         response = await context.calls.enrol(body)
@@ -40,6 +83,7 @@ async def enrol(context: Context, token: str | None) -> None:
                 got=response.device_id[:64],
             )
         EnrolmentToken.parse(request.token).check_signer(response.signer_public_key)
+        _check_authority(context, response, authority)
     except SignatureError as error:
         raise EnrolmentError(
             "the coordinator has another signer than the token says", got=error.got, fix=error.fix
@@ -56,17 +100,43 @@ async def enrol(context: Context, token: str | None) -> None:
             signer_public_key=response.signer_public_key,
             device_id=context.identity.device_id.encode(),
             population=request.population.encode(),
+            authority_public_key=authority or response.signer_public_key,
+            certificate=response.certificate,
         )
         context.state.clear_request(_REQUEST)
     context.callbacks.emit(Enrolled(context.identity.device_id))
 
 
-def _request(context: Context, token: str | None) -> bytes:
+def _check_authority(context: Context, response: device_pb2.EnrolResponse, authority: bytes | None) -> None:
+    """Who certifies devices is known beforehand, or is the coordinator itself; it is never learnt from the answer."""
+    expected = authority or response.signer_public_key
+    if response.authority_public_key and response.authority_public_key != expected:
+        raise EnrolmentError(
+            "the coordinator names another enrolment authority",
+            expected=expected.hex(),
+            got=response.authority_public_key[:32].hex(),
+            fix="Pass the authority's key (authority=..., --authority) as its keeper gave it to you.",
+        )
+    if response.certificate:
+        _check_certificate(context, response.certificate, expected)
+
+
+def _check_certificate(context: Context, certificate: bytes, authority: bytes) -> None:
+    try:
+        certificates.check(
+            certificate, context.identity.public_key, context.population, authority, context.clock.unix_ms()
+        )
+    except ProtocolError as error:
+        raise EnrolmentError("the device's certificate does not hold", got=error.what, fix=error.fix) from error
+
+
+def _request(context: Context, token: str | None, certificate: bytes) -> bytes:
     """The stored request, or a new one if there is none or ``token`` is another one."""
     stored = context.state.request(_REQUEST)
     if stored is not None:
         earlier = device_pb2.EnrolRequest.FromString(stored)
-        if earlier.public_key == context.identity.public_key and token in (None, earlier.token):
+        same = earlier.public_key == context.identity.public_key and token in (None, earlier.token)
+        if same and certificate in (b"", earlier.certificate):
             return stored
     if not token:
         raise EnrolmentError(
@@ -82,6 +152,7 @@ def _request(context: Context, token: str | None) -> bytes:
         token=token,
         public_key=context.identity.public_key,
         population=context.population,
+        certificate=certificate,
     ).SerializeToString()
     context.state.set_request(_REQUEST, body)
     return body

@@ -46,6 +46,10 @@ class LeaseExpiredError(ClientError):
     """The time for the assignment is over; what was computed for it is dropped."""
 
 
+class AbandonedError(ClientError):
+    """The coordinator gave the round up; what was computed for it is dropped."""
+
+
 _PASSING = (
     common_pb2.REFUSAL_REASON_UNAVAILABLE,
     common_pb2.REFUSAL_REASON_QUOTA,

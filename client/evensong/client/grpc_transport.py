@@ -21,7 +21,7 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
-_HELD = DEVICE_SERVICE + "CheckIn"
+_HELD = (DEVICE_SERVICE + "CheckIn", DEVICE_SERVICE + "Secure")
 _LONGEST_HOLD_S = 60.0
 _LOOPBACK = ("localhost", "127.", "[::1]", "unix:")
 
@@ -38,9 +38,10 @@ class Tls:
 class GrpcTransport:
     """Calls ``address`` ("host:port"). Must be used from one event loop.
 
-    A call that is not answered after ``deadline_s`` (a check-in: after that and the 60 s that it may be held; a stream:
-    that long without a message) raises :class:`UnreachableError`, as every failure of the network does. Requests are
-    signed and models verified in any case; without ``tls`` updates can be read on the way.
+    A call that is not answered after ``deadline_s`` (a check-in or a step of a secure round: after that and the 60 s
+    that it may be held; a stream: that long without a message) raises :class:`UnreachableError`, as every failure of
+    the network does. Requests are signed and models verified in any case; without ``tls`` updates can be read on the
+    way.
     """
 
     def __init__(self, address: str, *, tls: Tls | None = None, deadline_s: float = 30.0) -> None:
@@ -50,7 +51,7 @@ class GrpcTransport:
         self._channel: grpc.aio.Channel | None = None
 
     async def call(self, method: str, body: bytes, metadata: Metadata) -> bytes:
-        deadline = self._deadline_s + (_LONGEST_HOLD_S if method == _HELD else 0.0)
+        deadline = self._deadline_s + (_LONGEST_HOLD_S if method in _HELD else 0.0)
         try:
             unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._connected().unary_unary(
                 method, _as_is, _as_is

@@ -52,6 +52,17 @@ _MIGRATIONS = (
     """
     CREATE TABLE residuals (task_id TEXT PRIMARY KEY, tensors BLOB NOT NULL);
     """,
+    """
+    ALTER TABLE work ADD COLUMN within INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE cohorts (
+        task_id TEXT NOT NULL,
+        work INTEGER NOT NULL,
+        round INTEGER NOT NULL,
+        attempt INTEGER NOT NULL,
+        spent INTEGER NOT NULL,
+        PRIMARY KEY (task_id, work)
+    ) WITHOUT ROWID;
+    """,
 )
 
 
@@ -78,9 +89,20 @@ class Work:
     update: bytes | None = None
     upload_id: str = ""
     weight: float = 0.0
+    within: bool = False  #: the delta's norm was at most the clip norm
     metrics: bytes = b""  #: serialised Metrics
     reason: int = 0  #: an AbortReason
     message: str = ""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The last cohort that the device joined for a task's training or evaluation. ``spent``: its update may be in a
+    sum."""
+
+    round: int
+    attempt: int
+    spent: bool
 
 
 @dataclass(frozen=True)
@@ -141,7 +163,7 @@ class State:
         if not rows:
             return None
         values: dict[str, Any] = dict(zip(_WORK_FIELDS, rows[0], strict=True))
-        return Work(**{**values, "stage": Stage(values["stage"])})
+        return Work(**{**values, "stage": Stage(values["stage"]), "within": bool(values["within"])})
 
     def set_work(self, work: Work) -> None:
         marks = ", ".join("?" for _ in _WORK_FIELDS)
@@ -162,6 +184,19 @@ class State:
     def clear_work(self) -> None:
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM work")
+
+    # secure rounds: what must never happen twice
+
+    def cohort(self, task_id: str, work: int) -> Cohort | None:
+        rows = self._database.rows(
+            "SELECT round, attempt, spent FROM cohorts WHERE task_id = ? AND work = ?", (task_id, work)
+        )
+        return Cohort(rows[0][0], rows[0][1], bool(rows[0][2])) if rows else None
+
+    def set_cohort(self, task_id: str, work: int, cohort: Cohort) -> None:
+        row = (task_id, work, cohort.round, cohort.attempt, cohort.spent)
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO cohorts VALUES (?, ?, ?, ?, ?)", row)
 
     # models for predict
 

@@ -14,7 +14,10 @@ from google.protobuf.message import DecodeError
 
 from evensong.client.context import Limits
 from evensong.client.errors import UnfitError, UntrustedError
-from evensong.v1 import common_pb2, task_pb2
+from evensong.secagg.errors import SecureError
+from evensong.secagg.session import Policy
+from evensong.secagg.vector import VectorPlan
+from evensong.v1 import common_pb2, device_pb2, task_pb2
 from evensong.wire.codec import codec_from_plan
 from evensong.wire.errors import UpdateError, WireError
 from evensong.wire.program import Artifact
@@ -61,6 +64,7 @@ def trust(
     _expect(plan.population == population, "the task is meant for another population")
     _check_local_plan(plan.local)
     _check_update_plan(plan.update)
+    _check_secure(plan, manifest, limits)
     _check_size(plan.artifact, limits)
     _check_size(manifest.parameters, limits)
     _expect(
@@ -124,6 +128,31 @@ def _check_update_plan(plan: task_pb2.UpdatePlan) -> None:
     weightings = (task_pb2.WEIGHTING_EXAMPLES, task_pb2.WEIGHTING_UNIFORM)
     _expect(plan.weighting in weightings, "unknown weighting", plan.weighting)
     _expect(math.isfinite(plan.max_weight) and plan.max_weight > 0, "largest weight out of range", plan.max_weight)
+
+
+def _check_secure(bundle: task_pb2.TaskBundle, version: task_pb2.VersionManifest, limits: Limits) -> None:
+    """A sum that hides this device: of enough devices, with parameters that give security, bounded by a clip norm."""
+    secure = bundle.HasField("secure")
+    _expect((bundle.update.codec == task_pb2.CODEC_FIELDS) == secure, "the codec goes with a secure sum, or neither")
+    _expect(math.isfinite(version.clip_norm) and version.clip_norm >= 0, "clip norm out of range", version.clip_norm)
+    if not secure:
+        return
+    plan = bundle.secure
+    _expect(0 <= plan.corrupted_share < 0.5, "corrupted share out of range", plan.corrupted_share)
+    _expect(0 <= plan.dropout_share < 0.5, "drop-out share out of range", plan.dropout_share)
+    _expect(plan.min_survivors <= plan.max_cohort <= 1_000_000, "cohort out of range", plan.max_cohort)
+    _expect((version.clip_norm or bundle.update.clip_norm) > 0, "a secure sum without a clip norm")
+    if plan.min_survivors < limits.least_survivors:
+        raise UnfitError(
+            "the task sums fewer devices than this one is willing to hide among",
+            expected=f"min_survivors of at least {limits.least_survivors}",
+            got=plan.min_survivors,
+        )
+    try:
+        Policy.from_plan(plan).parameters(plan.max_cohort)
+        VectorPlan.from_bundle(bundle, device_pb2.WORK_TRAIN)
+    except (SecureError, UpdateError) as error:
+        raise UntrustedError("the task does not verify: its secure sums cannot be", got=error) from error
 
 
 def _check_size(blob: common_pb2.BlobRef, limits: Limits) -> None:

@@ -6,7 +6,7 @@ from evensong.client.calls import raise_refusal
 from evensong.client.context import Context
 from evensong.client.errors import RefusedError
 from evensong.client.state import Stage, Work
-from evensong.v1 import common_pb2, device_pb2
+from evensong.v1 import common_pb2, device_pb2, secagg_pb2
 from evensong.wire.chunks import sha256, split
 from evensong.wire.errors import UnreachableError
 
@@ -17,8 +17,11 @@ _PATIENCE = 8  # answers in a row that bring nothing forward
 _LOST = (common_pb2.REFUSAL_REASON_NOT_FOUND, common_pb2.REFUSAL_REASON_BAD_CHUNK)
 
 
-async def upload(context: Context, work: Work, lease: common_pb2.Lease) -> tuple[device_pb2.CommitUploadResponse, int]:
-    """Sends ``work.update`` and commits it; also says how many of its bytes were sent this time.
+async def upload(
+    context: Context, work: Work, lease: common_pb2.Lease, *, masked: secagg_pb2.SecureMasked | None = None
+) -> tuple[device_pb2.CommitUploadResponse, int]:
+    """Sends ``work.update`` and commits it; also says how many of its bytes were sent this time. ``masked`` is the last
+    word on a vector for a secure sum, in place of weight and metrics.
 
     Every request id was stored before it is sent, so a repetition is recognised. Raises :class:`RefusedError` and
     :class:`UnreachableError`; after either, calling again goes on from what the coordinator has.
@@ -29,7 +32,7 @@ async def upload(context: Context, work: Work, lease: common_pb2.Lease) -> tuple
             if work.stage != Stage.UPLOADED:
                 work, count = await _send(context, work, lease)
                 sent += count
-            return await _commit(context, work, lease), sent
+            return await _commit(context, work, lease, masked), sent
         except RefusedError as error:
             if error.reason not in _LOST:
                 raise
@@ -70,14 +73,18 @@ async def _send(context: Context, work: Work, lease: common_pb2.Lease) -> tuple[
     return work, sent
 
 
-async def _commit(context: Context, work: Work, lease: common_pb2.Lease) -> device_pb2.CommitUploadResponse:
+async def _commit(
+    context: Context, work: Work, lease: common_pb2.Lease, masked: secagg_pb2.SecureMasked | None
+) -> device_pb2.CommitUploadResponse:
     return await context.calls.commit_upload(
         device_pb2.CommitUploadRequest(
             request_id=work.request_id,
             upload_id=work.upload_id,
             lease=lease,
             weight=work.weight,
-            metrics=common_pb2.Metrics.FromString(work.metrics),
+            metrics=None if masked else common_pb2.Metrics.FromString(work.metrics),
+            within_clip_norm=work.within,
+            masked=masked,
         )
     )
 

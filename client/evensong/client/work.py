@@ -4,6 +4,7 @@
         |----evaluate-------> MEASURED ----------------------------report--> done
         `----cannot---------> GIVEN_UP -----------------------------abort--> done
 
+For a task with secure sums, SEALED and MEASURED lead into the protocol (:mod:`evensong.client.secure`) instead.
 From any stage the end of the lease, or a refusal, drops the work. Network and disk failures leave it where it is.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from evensong.client.callbacks import GaveUp, Refused, RoundStarted, Sealed, StepDone, Uploaded
 from evensong.client.context import Context, Result
 from evensong.client.enrol import signer_public_key
 from evensong.client.errors import (
+    AbandonedError,
     ClientError,
     ConditionsChangedError,
     LeaseExpiredError,
@@ -41,13 +43,14 @@ from evensong.client.model import (
 )
 from evensong.client.outcomes import Aborted, Dropped, Evaluated, Outcome, Postponed, Trained
 from evensong.client.pacing import draw_wait
-from evensong.client.seal import seal
+from evensong.client.seal import seal, seal_vector
+from evensong.client.secure import take_part
 from evensong.client.state import Stage, Work
 from evensong.client.train import LocalUpdate, learning_rate_of, train
 from evensong.client.trust import TrustedModel, trust
 from evensong.client.upload import upload
 from evensong.mobile_runtime.errors import DivergedError, RuntimeFault
-from evensong.mobile_runtime.session import Evaluation, StepResult
+from evensong.mobile_runtime.session import Array, Evaluation, StepResult
 from evensong.v1 import common_pb2, device_pb2, task_pb2
 from evensong.wire.errors import EvensongError, UnreachableError, UpdateError
 
@@ -70,6 +73,8 @@ async def execute(context: Context, work: Work) -> Outcome:
         return await _deliver(context, work, assignment)
     except LeaseExpiredError as error:
         return _drop(context, assignment, "LEASE_EXPIRED", str(error), common_pb2.RetryWindow())
+    except AbandonedError as error:
+        return _drop(context, assignment, "NO_SUM", str(error), common_pb2.RetryWindow())
     except RefusedError as error:
         if error.is_passing:
             return Postponed(draw_wait(error.retry, context.randomness), error)
@@ -97,7 +102,7 @@ async def _compute(context: Context, work: Work, assignment: device_pb2.Assignme
         context.state.set_work(work)
         _announce(context, assignment, model)
         if assignment.work == device_pb2.WORK_EVALUATE:
-            return await _measure(context, work, material)
+            return await _measure(context, work, assignment, material)
         return await _train_and_seal(context, work, assignment, material)
     except (UnreachableError, StorageFullError, LeaseExpiredError, RefusedError):
         raise
@@ -142,27 +147,56 @@ async def _train_and_seal(context: Context, work: Work, assignment: device_pb2.A
 
     update = await stoppable(context, run, stop)
     training = update.training
-    sealed = seal(
-        update.delta,
-        material.model.layout,
-        plan.update,
-        examples=training.distinct,
-        rounding=rounding,
-        residual=residual_tensors(context, material),
-    )
     metrics = common_pb2.Metrics(examples=training.examples, loss_sum=training.loss_sum, correct=training.correct)
-    work = replace(
-        work, stage=Stage.SEALED, update=sealed.data, weight=sealed.weight, metrics=metrics.SerializeToString()
-    )
+    work = replace(work, stage=Stage.SEALED, metrics=metrics.SerializeToString())
+    residual = None
+    if plan.HasField("secure"):
+        work, norm = await _seal_vector(context, work, assignment, material, update.delta, training.distinct)
+    else:
+        sealed = seal(
+            update.delta,
+            material.model.layout,
+            plan.update,
+            examples=training.distinct,
+            rounding=rounding,
+            clip_norm=material.model.version.clip_norm,
+            residual=residual_tensors(context, material),
+        )
+        work = replace(work, update=sealed.data, weight=sealed.weight, within=sealed.within_clip_norm)
+        norm, residual = sealed.norm, sealed.residual
     with context.state.transaction():
         context.state.set_work(work)
         store_personal(context, material, update.personal)
-        store_residual(context, material, sealed.residual)
-    context.callbacks.emit(Sealed(assignment.task_id, assignment.round, len(sealed.data), sealed.norm))
+        store_residual(context, material, residual)
+    context.callbacks.emit(Sealed(assignment.task_id, assignment.round, len(work.update or b""), norm))
     return work
 
 
-async def _measure(context: Context, work: Work, material: Material) -> Work:
+async def _seal_vector(
+    context: Context,
+    work: Work,
+    assignment: device_pb2.Assignment,
+    material: Material,
+    delta: Mapping[str, Array],
+    examples: int,
+) -> tuple[Work, float]:
+    """The work with the lanes that it adds to a secure sum, and the delta's norm."""
+    metrics = common_pb2.Metrics.FromString(work.metrics)
+    sealed = await context.run_blocking(
+        lambda: seal_vector(
+            delta,
+            material.model,
+            work=assignment.work,
+            round=assignment.round,
+            examples=examples,
+            metrics=metrics,
+            draw=context.randomness.token,
+        )
+    )
+    return replace(work, update=sealed.data), sealed.norm
+
+
+async def _measure(context: Context, work: Work, assignment: device_pb2.Assignment, material: Material) -> Work:
     stop = threading.Event()
     between = watch(context, stop, work.deadline_unix_ms)
 
@@ -178,6 +212,8 @@ async def _measure(context: Context, work: Work, material: Material) -> Work:
         examples=result.examples, loss_sum=result.loss * result.examples, correct=result.correct
     )
     work = replace(work, stage=Stage.MEASURED, metrics=metrics.SerializeToString())
+    if material.model.bundle.HasField("secure"):
+        work, _ = await _seal_vector(context, work, assignment, material, {}, result.examples)
     context.state.set_work(work)
     return work
 
@@ -236,18 +272,39 @@ async def _deliver(context: Context, work: Work, assignment: device_pb2.Assignme
     """The call or calls that end the work; then it is forgotten."""
     if work.stage == Stage.GIVEN_UP:
         return await _abort(context, work, assignment)
+    if task_pb2.TaskBundle.FromString(assignment.bundle.payload).HasField("secure"):
+        return await _sum(context, work, assignment)
     if work.stage == Stage.MEASURED:
         return await _report(context, work, assignment)
     return await _commit(context, work, assignment)
 
 
+async def _sum(context: Context, work: Work, assignment: device_pb2.Assignment) -> Outcome:
+    """The protocol of secure sums; what the device cannot or must not do is given back."""
+    try:
+        taken = await take_part(context, work, assignment)
+    except (UntrustedError, UnfitError) as error:
+        untrusted = isinstance(error, UntrustedError)
+        reason = device_pb2.ABORT_REASON_UNTRUSTED if untrusted else device_pb2.ABORT_REASON_UNFIT
+        return await _abort(context, _give_up(context, work, reason, error), assignment)
+    if work.stage == Stage.MEASURED:
+        return _evaluated(context, work, assignment, taken.retry)
+    return _trained(context, work, assignment, taken.retry, taken.sent)
+
+
 async def _commit(context: Context, work: Work, assignment: device_pb2.Assignment) -> Trained:
     committed, sent = await upload(context, work, assignment.lease)
+    return _trained(context, work, assignment, committed.retry, sent)
+
+
+def _trained(
+    context: Context, work: Work, assignment: device_pb2.Assignment, retry: common_pb2.RetryWindow, sent: int
+) -> Trained:
     context.state.clear_work()
     context.callbacks.emit(Uploaded(assignment.task_id, assignment.round, sent))
     metrics = common_pb2.Metrics.FromString(work.metrics)
     return Trained(
-        draw_wait(committed.retry, context.randomness),
+        draw_wait(retry, context.randomness),
         assignment.task_id,
         assignment.round,
         _version_of(assignment),
@@ -262,9 +319,16 @@ async def _report(context: Context, work: Work, assignment: device_pb2.Assignmen
     reported = await context.calls.report(
         device_pb2.ReportRequest(request_id=work.request_id, lease=assignment.lease, metrics=metrics)
     )
+    return _evaluated(context, work, assignment, reported.retry)
+
+
+def _evaluated(
+    context: Context, work: Work, assignment: device_pb2.Assignment, retry: common_pb2.RetryWindow
+) -> Evaluated:
     context.state.clear_work()
+    metrics = common_pb2.Metrics.FromString(work.metrics)
     return Evaluated(
-        draw_wait(reported.retry, context.randomness),
+        draw_wait(retry, context.randomness),
         assignment.task_id,
         _version_of(assignment),
         metrics.examples,
