@@ -304,7 +304,7 @@ class SecureRounds:
         elif after == ServerStage.DONE:
             self._finish(tx, round, attempt)
         elif before != ServerStage.COMMIT:  # who did not sign may still help to unmask
-            self._leave_out(tx, round.round_id, arrived)
+            self._leave_out(tx, round.round_id, before, arrived)
         tx.after_commit(context.secure.beat)
         tx.after_commit(context.due.beat)
         context.log.info(
@@ -319,9 +319,9 @@ class SecureRounds:
         )
         tx.after_commit(lambda: context.telemetry.secure_stages.labels(before.value, after.value).inc())
 
-    def _leave_out(self, tx: Transaction, round_id: int, remaining: Collection[str]) -> None:
+    def _leave_out(self, tx: Transaction, round_id: int, stage: ServerStage, remaining: Collection[str]) -> None:
         """Who missed a stage is told so when it comes, and may check in anew."""
-        tx.execute(
+        dropped = tx.execute(
             update(tables.leases)
             .where(
                 tables.leases.c.round_id == round_id,
@@ -329,7 +329,9 @@ class SecureRounds:
                 tables.leases.c.device_id.not_in(remaining),
             )
             .values(state=LeaseState.CLOSED)
-        )
+        ).rowcount
+        telemetry = self._context.telemetry
+        tx.after_commit(lambda: telemetry.secure_dropped.labels(stage.value).inc(dropped))
         tx.after_commit(lambda: self._context.spool.dismiss(round_id=round_id))
 
     def _finish(self, tx: Transaction, round: Row[tuple[object, ...]], attempt: int) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from evensong.coordinator import (
+    Compression,
     Coordinator,
     LocalTraining,
     Personalization,
@@ -169,6 +170,7 @@ def _task(plan: Plan, artifact: bytes) -> Task:
         over_selection=1.0,
         deadline=120.0,
         secure=secure,
+        compression=Compression(download_bits=8),
         local=LocalTraining(
             epochs=scenario.epochs,
             learning_rate=scenario.learning_rate,
