@@ -168,16 +168,15 @@ def test_the_grid_is_a_power_of_two_far_below_sigma() -> None:
 def bundle(mechanism: task_pb2.PrivacyMechanism, **secure: float) -> task_pb2.TaskBundle:
     return task_pb2.TaskBundle(
         privacy=task_pb2.PrivacyPlan(mechanism=mechanism, noise_multiplier=1.5),
-        secure=task_pb2.SecurePlan(**({"corrupted_share": 0.1, "min_survivors": 40} | secure)),
+        secure=task_pb2.SecurePlan(**({"corrupted_share": 0.1, "min_survivors": 41, "max_cohort": 59} | secure)),
     )
 
 
 def test_the_noise_of_the_smallest_sum_that_is_revealed_has_its_whole_variance_from_honest_devices() -> None:
     plan = bundle(task_pb2.PRIVACY_MECHANISM_DISTRIBUTED_GAUSSIAN)
     sigma = local_sigma(plan, 2.0, 0.01)
-    assert math.sqrt(0.9 * 40) * sigma * 0.01 == pytest.approx(1.5 * 2.0)
-    plan.secure.max_cohort = 500  # more devices change nothing: they may all drop out
-    assert local_sigma(plan, 2.0, 0.01) == sigma
+    # Of 59 at most, 5 may collude, and be among the 41 survivors.
+    assert math.sqrt(36) * sigma * 0.01 == pytest.approx(1.5 * 2.0)
 
 
 @pytest.mark.parametrize("mechanism", noise.DISTRIBUTED)

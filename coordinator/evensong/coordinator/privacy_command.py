@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evensong.coordinator import svg
+from evensong.coordinator.bundle import largest_cohort
 from evensong.coordinator.command_line import Address, CertificateAuthority, TokenFile, connected, run
 from evensong.coordinator.handle import DEFAULT_ADDRESS, Coordinator, NotFoundError
 from evensong.coordinator.privacy.accounting import Accounting
@@ -155,7 +156,11 @@ def plan(
     )
     if bundle.privacy.mechanism in DISTRIBUTED:
         survivors = min_survivors or -(-3 * goal // 4)
-        bundle.secure.CopyFrom(task_pb2.SecurePlan(min_survivors=survivors, corrupted_share=corrupted))
+        bundle.secure.CopyFrom(
+            task_pb2.SecurePlan(
+                min_survivors=survivors, corrupted_share=corrupted, max_cohort=largest_cohort(bundle.round)
+            )
+        )
     check_privacy(bundle, noise_is_open=True)
     accounting = Accounting.of(bundle)
     if target_epsilon is not None:

@@ -114,15 +114,15 @@ def grid_of(sigma: float) -> float:
 def local_sigma(bundle: task_pb2.TaskBundle, clip_norm: float, step: float) -> float:
     """Standard deviation of the noise that each device adds, in steps of the grid on which its update lies.
 
-    ``noise_multiplier * clip_norm / sqrt((1 - corrupted_share) * min_survivors)``, over ``step``: the smallest sum that
-    is ever revealed has its whole noise from honest devices alone, however many drop out (Kairouz, Liu and Steinke
-    2021, *The distributed discrete Gaussian mechanism*). Both sides compute it from the signed bundle. Raises
-    :class:`ParameterError` if the plan has no noise of devices, or the grid is too coarse for it.
+    ``noise_multiplier * clip_norm / sqrt(honest_survivors)``, over ``step``: the smallest sum that is ever revealed has
+    its whole noise from honest devices alone, however many drop out (Kairouz, Liu and Steinke 2021, *The distributed
+    discrete Gaussian mechanism*). Both sides compute it from the signed bundle. Raises :class:`ParameterError` if the
+    plan has no noise of devices, or the grid is too coarse for it.
     """
     plan = bundle.privacy
     if plan.mechanism not in DISTRIBUTED:
         raise ParameterError("the plan adds no noise on devices", got=plan.mechanism)
-    honest = (1.0 - bundle.secure.corrupted_share) * bundle.secure.min_survivors
+    honest = honest_survivors(bundle.secure)
     if not (honest >= 1 and step > 0 and clip_norm > 0):
         raise ParameterError("noise needs honest devices, a step and a clip norm", got=(honest, step, clip_norm))
     sigma = plan.noise_multiplier * clip_norm / math.sqrt(honest) / step
@@ -134,6 +134,11 @@ def local_sigma(bundle: task_pb2.TaskBundle, clip_norm: float, step: float) -> f
             fix="Take more bits, more noise, or a smaller min_survivors.",
         )
     return sigma
+
+
+def honest_survivors(plan: task_pb2.SecurePlan) -> int:
+    """Honest devices in the smallest sum that is revealed: all that may collude were in the cohort, and stayed."""
+    return plan.min_survivors - math.floor(plan.corrupted_share * plan.max_cohort)
 
 
 def local_noise(

@@ -19,7 +19,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from evensong.client import AlwaysReady, ArrayExamples, Batch, Device, Idle, Outcome
-from evensong.coordinator import Task, TaskEvent, TaskState, TaskStatus
+from evensong.coordinator import EventKind, Task, TaskEvent, TaskState, TaskStatus
 from evensong.coordinator.config import load as load_settings
 from evensong.coordinator.context import run_inline
 from evensong.coordinator.privacy.keys import NoiseKey
@@ -154,12 +154,14 @@ class _Simulation:
         )
 
         def finished(outcome: Outcome) -> bool:
-            has_last = self._task.rounds in witness.answers or not is_tested
+            has_last = self._history.last_version in witness.answers or not is_tested
             return self._history.ended and isinstance(outcome, Idle) and has_last
 
         try:
             await device.run_async(finished)
-            federated, personalised = (witness.answers[self._task.rounds], witness.ask()) if is_tested else ([], [])
+            federated, personalised = (
+                (witness.answers[self._history.last_version], witness.ask()) if is_tested else ([], [])
+            )
             return ClientResult(
                 shard, Account(federated, personalised, counted.bytes_up, counted.bytes_down), line.lost
             )
@@ -185,6 +187,11 @@ class History:
         self._progress = progress
         self.events: list[TaskEvent] = []
         self.ended = False
+
+    @property
+    def last_version(self) -> int:
+        """Fewer than the task's rounds, if its privacy budget was spent before."""
+        return max((event.version for event in self.events if event.kind == EventKind.VERSION_COMMITTED), default=0)
 
     async def follow(self) -> bytes:
         """Until the task ends; the parameters of its last version, as the blob that devices fetch."""

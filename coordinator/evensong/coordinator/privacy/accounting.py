@@ -177,11 +177,11 @@ def _grid(bundle: task_pb2.TaskBundle) -> Grid:
     """The same for every clip norm, as the step follows it."""
     size, secure = layout_size(layout_from_proto(bundle.layout)), bundle.secure
     step = VectorPlan(size, bundle.update.bits, max_cohort=1).step(1.0)
-    honest = (1.0 - secure.corrupted_share) * secure.min_survivors
+    honest = noise.honest_survivors(secure)
     return Grid(
         sensitivity=conditional_norm_bound(1.0, step, size) / step,
         unit_sigma=1.0 / (math.sqrt(honest) * step),
-        devices=int(honest),
+        devices=honest,
         size=size,
     )
 
