@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness import Row, format_table
 
-NAMES = ("runtime", "coordinator", "secagg")
+NAMES = ("runtime", "coordinator", "secagg", "accuracy")
 
 
 def main() -> None:
