@@ -38,6 +38,7 @@ class SecureDevice(TinyDevice):
 
     certificate = b""
     authority = b""
+    weight = 1
 
     async def enrol(self, token: str, population: str = POPULATION) -> device_pb2.EnrolResponse:
         response = await super().enrol(token, population)
@@ -62,7 +63,7 @@ class SecureDevice(TinyDevice):
             self.delta,
             clip_norm=manifest.clip_norm or bundle.update.clip_norm,
             seed=rotation_seed(bundle_sha256, assignment.work, assignment.round),
-            weight=1.0,
+            weight=self.weight,
             metrics=METRICS,
             words=lambda count: self.rng.integers(0, 1 << 32, count, dtype=np.uint32),
         )[0]

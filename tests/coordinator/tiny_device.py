@@ -59,7 +59,7 @@ def make_bundle(
     codec: UpdateCodec | None = None,
     strategy: str = "plain",
     name: str = "toy",
-    weighting: task_pb2.Weighting = task_pb2.WEIGHTING_EXAMPLES,
+    weighting: task_pb2.Weighting | None = None,
     max_weight: float = 100.0,
     training_bytes: int = 1_000,
     min_examples: int = 1,
@@ -71,14 +71,16 @@ def make_bundle(
 ) -> task_pb2.TaskBundle:
     """A plan with float32 updates, or with 8-bit values in a secure sum; clipped if it is secure or private."""
     update = (codec or UpdateCodec(bits=None)).to_plan()
+    alone = secure is None
+    weighting = weighting or (task_pb2.WEIGHTING_EXAMPLES if alone else task_pb2.WEIGHTING_UNIFORM)
     update.weighting, update.max_weight = weighting, max_weight
     if secure is not None:
         update = task_pb2.UpdatePlan(
             codec=task_pb2.CODEC_FIELDS,
             bits=8,
             clip_norm=clip_norm,
-            weighting=task_pb2.WEIGHTING_UNIFORM,
-            max_weight=1.0,
+            weighting=weighting,
+            max_weight=max_weight,
         )
     if privacy is not None:
         update.clip_norm = clip_norm
