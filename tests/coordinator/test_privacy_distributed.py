@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_device import make_artifact, make_bundle
+from sqlalchemy import update
+from tiny_device import World, make_artifact, make_bundle
 
+from evensong.coordinator import tables
 from evensong.coordinator.bundle import check_bundle
 from evensong.coordinator.privacy.accounting import Accounting
 from evensong.coordinator.privacy.keys import NoiseKey
 from evensong.coordinator.privacy.mechanism import Total, release
+from evensong.coordinator.rounds import State
 from evensong.secagg.noise import Keystream, local_noise
 from evensong.secagg.vector import VectorPlan, conditional_norm_bound
-from evensong.v1 import device_pb2, task_pb2
+from evensong.v1 import device_pb2, operator_pb2, task_pb2
+from evensong.wire.signing import new_request_id
 
 GAUSSIAN = task_pb2.PRIVACY_MECHANISM_DISTRIBUTED_GAUSSIAN
 SKELLAM = task_pb2.PRIVACY_MECHANISM_DISTRIBUTED_SKELLAM
@@ -105,3 +111,29 @@ def test_fewer_devices_in_the_smallest_sum_make_each_add_more() -> None:
     few.secure.min_survivors = 14  # 10 honest ones in place of 20
     many, less = (VectorPlan.from_bundle(made, device_pb2.WORK_TRAIN) for made in (bundle(GAUSSIAN), few))
     assert less.noise_bound / many.noise_bound == pytest.approx(math.sqrt(2), rel=0.1)
+
+
+def test_a_noised_sum_that_was_seen_but_came_to_no_version_is_spent_too(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with World(tmp_path / "data", log_level="error") as world:
+            made = bundle(GAUSSIAN)
+            await world.submit(
+                goal=30,
+                minimum=SURVIVORS,
+                weighting=task_pb2.WEIGHTING_UNIFORM,
+                max_weight=1.0,
+                secure=made.secure,
+                clip_norm=CLIP,
+                privacy=made.privacy,
+            )
+            context, operators = world.core.context, world.core.operators
+            with context.database.transaction() as tx:
+                tx.execute(update(tables.rounds).values(state=State.AGGREGATING, reports=27))
+            stop = operator_pb2.StopTaskRequest(request_id=new_request_id(), task_id=world.task_id)
+            operators.stop_task(stop)
+            request = operator_pb2.ReadPrivacyLedgerRequest(task_id=world.task_id)
+            (entry,) = operators.read_privacy_ledger(request).entries
+            assert (entry.version, entry.round, entry.devices, entry.clip_norm) == (0, 1, 27, CLIP)
+            assert entry.epsilon == Accounting.of(world.task().bundle).epsilon(1)
+
+    asyncio.run(run())
