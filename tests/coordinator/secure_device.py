@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tiny_device import POPULATION, TinyDevice, World, settle
+from tiny_device import POPULATION, RefusedUploadError, TinyDevice, World, settle
 
 from evensong.secagg.device import DeviceMachine
 from evensong.secagg.session import Policy, Session
@@ -113,7 +113,10 @@ class SecureDevice(TinyDevice):
         self.masked = self.plain.copy()
         self.machine.mask(self.masked)
         data = self.masked.astype("<u8").tobytes()
-        upload_id = await self.upload(self.assignment.lease, data)
+        try:
+            upload_id = await self.upload(self.assignment.lease, data)
+        except RefusedUploadError as late:
+            return device_pb2.CommitUploadResponse(refusal=late.refusal)
         word = self.machine.masked(hashlib.sha256(data).digest())
         values: dict[str, Any] = {"weight": 0.0, "metrics": None, "masked": word} | fields
         return await self.commit(upload_id, self.assignment.lease, **values)
@@ -133,7 +136,7 @@ class SecureDevice(TinyDevice):
             outcome = await self._attempt(leave_before)
             if isinstance(outcome, str) or outcome.outcome != secagg_pb2.SECURE_OUTCOME_AGAIN:
                 return outcome
-            self.join(self.attempt + 1)
+            self.join(self.newest)
 
     async def _attempt(self, leave_before: str) -> secagg_pb2.SecureEnd | str:
         answer: Any = None
@@ -152,7 +155,8 @@ class SecureDevice(TinyDevice):
             if answer.HasField("end"):
                 end: secagg_pb2.SecureEnd = answer.end
                 if end.outcome == secagg_pb2.SECURE_OUTCOME_AGAIN:
-                    assert answer.attempt == self.attempt + 1
+                    assert answer.attempt > self.attempt
+                self.newest = answer.attempt
                 return end
             assert answer.WhichOneof("next"), f"{name} was not answered"
         raise AssertionError("the protocol has no end")

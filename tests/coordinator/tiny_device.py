@@ -113,6 +113,14 @@ def make_bundle(
 # ------------------------------------------------------------------------------------------------------------- device
 
 
+class RefusedUploadError(AssertionError):
+    """A test that expects it reads why."""
+
+    def __init__(self, refusal: common_pb2.Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
 class TinyDevice:
     """Speaks the device protocol call by call; each method takes what a test may want to get wrong."""
 
@@ -182,10 +190,12 @@ class TinyDevice:
     async def upload(self, lease: common_pb2.Lease, update: bytes, chunk_bytes: int = 0) -> str:
         """Begins and sends all chunks; the upload's id."""
         begun = await self.begin(lease, update)
-        assert not begun.HasField("refusal"), begun
+        if begun.HasField("refusal"):
+            raise RefusedUploadError(begun.refusal)
         for chunk in split(update, chunk_bytes or begun.chunk_bytes, begun.received_bytes):
             answer = await self.chunk(begun.upload_id, lease, chunk)
-            assert not answer.HasField("refusal"), answer
+            if answer.HasField("refusal"):
+                raise RefusedUploadError(answer.refusal)
         return begun.upload_id
 
     async def report(self, lease: common_pb2.Lease, **fields: Any) -> device_pb2.ReportResponse:

@@ -67,7 +67,7 @@ def test_the_rule_in_exact_fractions(members: int, corrupted: float, dropout: fl
         assert (found.degree, found.threshold) == expected
 
 
-@given(st.integers(3, 64), st.floats(0, 0.49), st.floats(0, 0.49), st.booleans())
+@given(st.integers(3, 32), st.floats(0, 0.49), st.floats(0, 0.49), st.booleans())
 def test_small_cohorts_have_complete_graphs_or_are_refused(
     members: int, corrupted: float, dropout: float, semi_malicious: bool
 ) -> None:
@@ -126,7 +126,7 @@ def test_more_members_than_the_plan_allows_are_refused() -> None:
 
 def test_a_sample_stands_for_a_quorum() -> None:
     assert sample_size(1_000, 50, 700) == 121
-    assert sample_size(64, 6, 50) == 50  # small cohorts check all
+    assert sample_size(64, 6, 50) == 36  # as many as a quorum are one
     assert sample_size(1_000, 100, 551) == 551  # a bare quorum: all
 
 

@@ -460,7 +460,7 @@ class _MaskedUpload:
 
 
 def _end(outcome: str, message: str = "") -> secagg_pb2.SecureEnd:
-    return secagg_pb2.SecureEnd(outcome=secagg_pb2.SecureOutcome.Value(f"SECURE_OUTCOME_{outcome}"), message=message)
+    return secagg_pb2.SecureEnd(outcome=f"SECURE_OUTCOME_{outcome}", message=message)
 
 
 def _read(tx: Transaction, round_id: int) -> Row[tuple[object, ...]]:

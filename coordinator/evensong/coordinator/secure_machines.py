@@ -17,6 +17,7 @@ from evensong.coordinator import tables
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
 from evensong.coordinator.plan import parse_plan
+from evensong.secagg.primitives import Primitives
 from evensong.secagg.server import ServerMachine
 from evensong.secagg.session import Policy, Session
 from evensong.secagg.states import ServerStage
@@ -39,6 +40,7 @@ class Machines:
         self._context = context
         self._lock = threading.Lock()
         self._locks: dict[int, threading.RLock] = {}
+        self._primitives = Primitives()  # remembers certificates from round to round
         self._machines: dict[int, tuple[int, ServerMachine]] = {}
 
     @contextmanager
@@ -73,6 +75,7 @@ class Machines:
             signer=context.signer,
             authority_public_key=context.authority_public_key,
             excluded=frozenset(attempt.excluded.split()),
+            primitives=self._primitives,
         )
         messages = tx.execute(
             select(tables.secure_messages, tables.uploads.c.sha256)

@@ -49,7 +49,7 @@ def check(
             fix="Let the device enrol again.",
         )
     head, signature = certificate[:_SIGNED_BYTES], certificate[_SIGNED_BYTES:]
-    primitives.verify(authority_public_key, signature, _signed(public_key, population, head), "a certificate")
+    primitives.verify_certificate(authority_public_key, signature, _signed(public_key, population, head))
 
 
 def expires_unix_ms(certificate: bytes) -> int:

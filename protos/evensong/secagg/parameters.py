@@ -18,7 +18,7 @@ from evensong.secagg.errors import ParameterError
 
 MIN_MEMBERS = 3
 #: Up to here the graph is complete: a sparse one saves little, and both shares of so few round to hardly anyone.
-COMPLETE_UP_TO = 64
+COMPLETE_UP_TO = 32
 
 _LOG_INSECURE = -41 * math.log(2)
 _LOG_FAILURE = -20 * math.log(2)

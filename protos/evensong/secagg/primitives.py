@@ -12,16 +12,24 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from evensong.secagg.errors import ProtocolError
 from evensong.secagg.transcript import KEY_BYTES
+from evensong.wire.chunks import sha256
 
 _Result = TypeVar("_Result")
 
 _CURVE25519_PRIME = 2**255 - 19
 _GCM_NONCE = bytes(12)  # a key seals one message only
+_REMEMBERED = 20_000  # certificates, about 100 bytes each
 _PROBE = X25519PrivateKey.from_private_bytes(b"\x01" * 32)
 
 
 class Primitives:
-    """X25519 (RFC 7748), Ed25519 (RFC 8032) and AES-128-GCM (SP 800-38D); failures are :class:`ProtocolError`."""
+    """X25519 (RFC 7748), Ed25519 (RFC 8032) and AES-128-GCM (SP 800-38D); failures are :class:`ProtocolError`.
+
+    One object may serve many rounds: it remembers the certificates that it has checked, by their hashes.
+    """
+
+    def __init__(self) -> None:
+        self._certified: dict[bytes, None] = {}
 
     def agree(self, private_key: X25519PrivateKey, public_key: bytes) -> bytes:
         """The 32 bytes that both ends share; refuses low-order points, with which anyone would share them."""
@@ -40,6 +48,16 @@ class Primitives:
             Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
         except (InvalidSignature, ValueError):
             raise ProtocolError(f"{what} does not hold", expected=f"one by {public_key.hex()}") from None
+
+    def verify_certificate(self, public_key: bytes, signature: bytes, message: bytes) -> None:
+        """As :meth:`verify`; what held once is not computed again, as long as it is one of the newest ones."""
+        claim = sha256(public_key + signature + message)
+        if claim in self._certified:
+            return
+        self.verify(public_key, signature, message, "a certificate")
+        self._certified[claim] = None
+        if len(self._certified) > _REMEMBERED:
+            del self._certified[next(iter(self._certified))]
 
     def seal(self, key: bytes, plaintext: bytes, associated: bytes) -> bytes:
         """The ciphertext and 16 bytes of tag. One message a key: the nonce is zero."""
@@ -62,6 +80,7 @@ class SharedPrimitives(Primitives):
     all read the same roster. Results never differ from :class:`Primitives`; failures are not remembered."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._agreements: dict[tuple[bytes, bytes], bytes] = {}
         self._own_keys: dict[int, tuple[X25519PrivateKey, bytes]] = {}
         self._held: set[tuple[bytes, bytes, bytes]] = set()

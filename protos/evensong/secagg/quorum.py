@@ -2,7 +2,8 @@
 
 Two different survivor sets can have at most ``members + corrupted`` genuine signatures together, so of ``m`` claimed
 for one of them at least the share ``f = 1 - (members + corrupted) / (2 m)`` is forged. A random sample of ``s`` misses
-that with probability ``(1 - f)^s``, here below 2^-40 / members. See ``docs/secagg.md``.
+that with probability ``(1 - f)^s``, here below 2^-40 / members; and as many as a quorum that are genuine are one. See
+``docs/secagg.md``.
 """
 
 from __future__ import annotations
@@ -10,19 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-ALL_CHECKED_UP_TO = 64
 _SECURITY_BITS = 40
 _WORD_BYTES = 16  # of randomness a choice: its remainder's bias is nothing
 
 
 def sample_size(members: int, corrupted: int, signatures: int) -> int:
     """How many of ``signatures``, at least a quorum, are to be checked."""
-    if members <= ALL_CHECKED_UP_TO:
-        return signatures
+    quorum = (members + corrupted) // 2 + 1
     genuine = (members + corrupted) / (2 * signatures)
     if genuine >= 1:
-        return signatures
-    return min(signatures, math.ceil((_SECURITY_BITS + math.log2(members)) / -math.log2(genuine)))
+        return min(signatures, quorum)
+    return min(signatures, quorum, math.ceil((_SECURITY_BITS + math.log2(members)) / -math.log2(genuine)))
 
 
 def draw_sample(count: int, size: int, draw: Callable[[int], bytes]) -> list[int]:
