@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from evensong.client import __version__
 from evensong.client.callbacks import CheckedIn
 from evensong.client.context import Context
 from evensong.client.enrol import adopt_certificate, certificate_expiry
-from evensong.client.errors import RefusedError
+from evensong.client.errors import EnrolmentError, RefusedError
 from evensong.client.state import Stage, Work
 from evensong.v1 import common_pb2, device_pb2
+
+_log = logging.getLogger("evensong.client")
 
 _REQUEST = "check-in"
 _MOST_HOLD_MS = 60_000
@@ -45,7 +48,7 @@ async def check_in(context: Context, *, hold_ms: int) -> Answer:
         if work:
             context.state.set_work(work)
     if response.certificate:
-        adopt_certificate(context, response.certificate)
+        _adopt(context, response.certificate)
     given = response.assignment
     context.callbacks.emit(CheckedIn(_WORK[given.work], given.task_id) if work else CheckedIn(None, None))
     return Answer(work, tuple(response.serving[:_MOST_SERVED]), response.retry, refused)
@@ -62,6 +65,14 @@ def _request(context: Context, hold_ms: int) -> bytes:
         wait_ms=min(max(hold_ms, 0), _MOST_HOLD_MS),
         certificate_expires_unix_ms=certificate_expiry(context),
     ).SerializeToString()
+
+
+def _adopt(context: Context, certificate: bytes) -> None:
+    """A bad one is no reason to stop working."""
+    try:
+        adopt_certificate(context, certificate)
+    except EnrolmentError as error:
+        _log.warning("the coordinator sent a certificate that does not hold: %s", error)
 
 
 def _accept(context: Context, response: device_pb2.CheckInResponse) -> Work | None:

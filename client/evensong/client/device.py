@@ -43,6 +43,7 @@ from evensong.mobile_runtime.errors import RuntimeFault
 from evensong.mobile_runtime.loading import load
 from evensong.mobile_runtime.memory import MemoryReport, memory_report
 from evensong.mobile_runtime.session import Array, Evaluation
+from evensong.secagg.primitives import Primitives
 from evensong.v1 import common_pb2
 from evensong.wire.clock import Clock, SystemClock
 from evensong.wire.errors import UnreachableError
@@ -70,7 +71,7 @@ class Device:
     has a default and can be replaced by an object: ``conditions`` (when to work), ``callbacks`` (progress), ``tls``,
     ``limits``, ``examples``, ``cache``. ``authority`` (a public key, 32 bytes) and ``certificate`` are for a fleet
     whose enrolment authority is not the coordinator (``docs/threat-model.md``). A simulator injects ``transport``,
-    ``clock``, ``seed`` and ``run_blocking``, and ``state_dir=None`` keeps everything in memory.
+    ``clock``, ``seed``, ``run_blocking`` and ``primitives``, and ``state_dir=None`` keeps everything in memory.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Device:
         clock: Clock | None = None,
         seed: int | None = None,
         run_blocking: RunBlocking = in_thread,
+        primitives: Primitives | None = None,
     ) -> None:
         folder = None if state_dir is None else Path(state_dir)
         limits, clock = limits or Limits(), clock or SystemClock()
@@ -101,6 +103,7 @@ class Device:
             randomness = Randomness(seed, self._state.boots)
             identity = open_identity(folder, randomness)
             self.device_id = identity.device_id
+            self.public_key = identity.public_key
             self.coordinator = self._remember("coordinator", coordinator)
             self.population = self._remember("population", population) or "default"
             self._token = token
@@ -134,6 +137,7 @@ class Device:
             memory_bytes=memory_bytes,
             run_blocking=run_blocking,
             load=load,
+            primitives=primitives or Primitives(),
             limits=limits,
         )
         self._backoff = Backoff(randomness)
@@ -144,7 +148,10 @@ class Device:
     # ------------------------------------------------------------------------------------------------ the check-in loop
 
     def enrol(self) -> None:
-        """Registers this device with its token, once; later calls do nothing. Raises :class:`EnrolmentError`."""
+        """Registers this device with its token, once; a later call only takes up a newer ``certificate``.
+
+        Raises :class:`EnrolmentError`.
+        """
         self._sync(self._enrol())
 
     def step(self) -> Outcome:

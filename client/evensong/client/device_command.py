@@ -36,12 +36,16 @@ def _parser() -> argparse.ArgumentParser:
     enrol.add_argument("--coordinator", metavar="HOST:PORT", required=True)
     enrol.add_argument("--token", required=True, help="from `evensong devices token`; - reads it from standard input")
     enrol.add_argument("--population", help="the group of devices to belong to (default: default)")
+    _authority(enrol)
     _tls(enrol)
+
+    _verb(verbs, "key", _key, "print this device's public key, for its enrolment authority; makes it if there is none")
 
     run = _verb(verbs, "run", _run, "check in, train and upload until it is stopped")
     run.add_argument("--coordinator", metavar="HOST:PORT", help="where it is now; default: where it was")
     run.add_argument("--token", help="enrols first, if that was not done")
     run.add_argument("--population")
+    _authority(run)
     run.add_argument(
         "--always", action="store_true", help="do not ask for power, free network, idle processor and memory"
     )
@@ -92,6 +96,12 @@ def _enrol(arguments: argparse.Namespace) -> int:
     with _device(arguments, token=token) as device:
         device.enrol()
         print(device.device_id)
+    return 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    with _device(arguments) as device:
+        print(device.public_key.hex())
     return 0
 
 
@@ -210,6 +220,28 @@ def _verb(verbs: Any, name: str, action: Callable[[argparse.Namespace], int], te
     return parser
 
 
+def _authority(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--authority", type=_public_key, metavar="HEX", help="public key of an enrolment authority of the fleet's own"
+    )
+    parser.add_argument(
+        "--certificate",
+        type=Path,
+        metavar="FILE",
+        help="from `evensong devices certify`; a later one replaces it when the device is enrolled already",
+    )
+
+
+def _public_key(text: str) -> bytes:
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise argparse.ArgumentTypeError("expected 64 hex digits, as `evensong devices authority` prints them")
+    return key
+
+
 def _tls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls", action="store_true", help="encrypt; trusts the system's authorities")
     parser.add_argument("--tls-ca", type=Path, metavar="PEM", help="encrypt; trusts this authority only")
@@ -223,19 +255,37 @@ def _device(arguments: argparse.Namespace, **options: Any) -> Any:
     address = getattr(arguments, "coordinator", None)
     if getattr(arguments, "tls", False) or getattr(arguments, "tls_ca", None):
         options["tls"] = _tls_options(arguments)
+    options["authority"] = getattr(arguments, "authority", None)
+    if getattr(arguments, "certificate", None):
+        options["certificate"] = _read_certificate(arguments.certificate)
     return Device(arguments.state, coordinator=address, population=getattr(arguments, "population", None), **options)
+
+
+def _read_certificate(path: Path) -> bytes:
+    """As `evensong devices certify` prints it."""
+    try:
+        return bytes.fromhex(_read(path).decode("ascii"))
+    except ValueError:
+        raise ClientError(
+            f"{path} is not a device's certificate",
+            expected="176 hex digits, as `evensong devices certify` prints them",
+        ) from None
 
 
 def _tls_options(arguments: argparse.Namespace) -> Any:
     from evensong.client.grpc_transport import Tls
 
     def read(path: Path | None) -> bytes | None:
-        try:
-            return path.read_bytes() if path else None
-        except OSError as error:
-            raise ClientError(f"{path} cannot be read", got=error.strerror) from error
+        return _read(path) if path else None
 
     return Tls(read(arguments.tls_ca), read(arguments.tls_key), read(arguments.tls_certificate))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ClientError(f"{path} cannot be read", got=error.strerror) from error
 
 
 def _interrupt_on_sigterm() -> threading.Event:

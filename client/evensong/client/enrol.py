@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-
 from evensong.client.callbacks import Enrolled
 from evensong.client.context import Context
-from evensong.client.errors import EnrolmentError, RefusedError
+from evensong.client.errors import EnrolmentError, RefusedError, UnfitError
 from evensong.secagg import certificates
 from evensong.secagg.errors import ProtocolError
 from evensong.v1 import device_pb2
@@ -14,7 +12,7 @@ from evensong.wire.errors import EvensongError, SignatureError, UnreachableError
 from evensong.wire.signing import EnrolmentToken
 
 _REQUEST = "enrol"
-_log = logging.getLogger("evensong.client")
+_NEW_CERTIFICATE = "Its enrolment authority makes one: `evensong devices certify`, then --certificate on the device."
 
 
 def is_enrolled(context: Context) -> bool:
@@ -35,25 +33,25 @@ def authority_public_key(context: Context) -> bytes:
     return context.state.fact("authority_public_key") or signer_public_key(context)
 
 
-def certificate_of(context: Context) -> bytes | None:
-    """This device's certificate, if it has one that is still valid."""
+def certificate_of(context: Context) -> bytes:
+    """This device's certificate; :class:`UnfitError` without one that is valid now: no secure sum is open to it."""
     certificate = context.state.fact("certificate")
     try:
         _check_certificate(context, certificate or b"", authority_public_key(context))
-    except EnrolmentError:
-        return None
-    return certificate
+    except EnrolmentError as error:
+        raise UnfitError(
+            "this device has no valid certificate", got=error.got if certificate else "none", fix=_NEW_CERTIFICATE
+        ) from error
+    return certificate or b""
 
 
 def adopt_certificate(context: Context, certificate: bytes) -> None:
-    """Keeps what a check-in brought, if it is good and newer than what is there."""
-    try:
-        _check_certificate(context, certificate, authority_public_key(context))
-    except EnrolmentError as error:
-        _log.warning("the coordinator sent a certificate that does not hold: %s", error)
+    """Keeps one that is valid for longer than what is there; :class:`EnrolmentError` if such a one does not hold."""
+    well_formed = len(certificate) == certificates.CERTIFICATE_BYTES
+    if well_formed and certificates.expires_unix_ms(certificate) <= certificate_expiry(context):
         return
-    if certificates.expires_unix_ms(certificate) > certificate_expiry(context):
-        context.state.set_facts(certificate=certificate)
+    _check_certificate(context, certificate, authority_public_key(context))
+    context.state.set_facts(certificate=certificate)
 
 
 def certificate_expiry(context: Context) -> int:
@@ -65,13 +63,17 @@ def certificate_expiry(context: Context) -> int:
 async def enrol(
     context: Context, token: str | None, *, authority: bytes | None = None, certificate: bytes | None = None
 ) -> None:
-    """Does nothing if it was done. A request without an answer is sent again as it was: a token is used up once.
+    """A request without an answer is sent again as it was: a token is used up once. If the device is enrolled already,
+    all that may be new to it is a later ``certificate``.
 
     ``authority`` pins the key of an enrolment authority that is not the coordinator, ``certificate`` is that
     authority's word on this device.
     """
     if is_enrolled(context):
+        _check_told_again(context, authority, certificate)
         return
+    if authority and certificate:  # before the token is used
+        _check_certificate(context, certificate, authority)
     body = _request(context, token, certificate or b"")
     request = device_pb2.EnrolRequest.FromString(body)
     try:
@@ -83,7 +85,10 @@ async def enrol(
                 got=response.device_id[:64],
             )
         EnrolmentToken.parse(request.token).check_signer(response.signer_public_key)
-        _check_authority(context, response, authority)
+        _check_authority(response, authority)
+        certificate = certificate or response.certificate
+        if certificate:
+            _check_certificate(context, certificate, authority or response.signer_public_key)
     except SignatureError as error:
         raise EnrolmentError(
             "the coordinator has another signer than the token says", got=error.got, fix=error.fix
@@ -101,13 +106,26 @@ async def enrol(
             device_id=context.identity.device_id.encode(),
             population=request.population.encode(),
             authority_public_key=authority or response.signer_public_key,
-            certificate=response.certificate,
+            certificate=certificate,
         )
         context.state.clear_request(_REQUEST)
     context.callbacks.emit(Enrolled(context.identity.device_id))
 
 
-def _check_authority(context: Context, response: device_pb2.EnrolResponse, authority: bytes | None) -> None:
+def _check_told_again(context: Context, authority: bytes | None, certificate: bytes | None) -> None:
+    pinned = authority_public_key(context)
+    if authority and authority != pinned:
+        raise EnrolmentError(
+            "this device trusts another enrolment authority",
+            expected=pinned.hex(),
+            got=authority.hex(),
+            fix="`evensong device reset`, then enrol with a new token.",
+        )
+    if certificate and certificate != context.state.fact("certificate"):
+        adopt_certificate(context, certificate)
+
+
+def _check_authority(response: device_pb2.EnrolResponse, authority: bytes | None) -> None:
     """Who certifies devices is known beforehand, or is the coordinator itself; it is never learnt from the answer."""
     expected = authority or response.signer_public_key
     if response.authority_public_key and response.authority_public_key != expected:
@@ -117,8 +135,6 @@ def _check_authority(context: Context, response: device_pb2.EnrolResponse, autho
             got=response.authority_public_key[:32].hex(),
             fix="Pass the authority's key (authority=..., --authority) as its keeper gave it to you.",
         )
-    if response.certificate:
-        _check_certificate(context, response.certificate, expected)
 
 
 def _check_certificate(context: Context, certificate: bytes, authority: bytes) -> None:
@@ -135,9 +151,8 @@ def _request(context: Context, token: str | None, certificate: bytes) -> bytes:
     stored = context.state.request(_REQUEST)
     if stored is not None:
         earlier = device_pb2.EnrolRequest.FromString(stored)
-        same = earlier.public_key == context.identity.public_key and token in (None, earlier.token)
-        if same and certificate in (b"", earlier.certificate):
-            return stored
+        if earlier.public_key == context.identity.public_key and token in (None, earlier.token):
+            return stored  # with whatever certificate: what the coordinator is shown here, it need not keep
     if not token:
         raise EnrolmentError(
             "this device is not enrolled and has no token",

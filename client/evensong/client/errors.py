@@ -47,7 +47,11 @@ class LeaseExpiredError(ClientError):
 
 
 class AbandonedError(ClientError):
-    """The coordinator gave the round up; what was computed for it is dropped."""
+    """The coordinator gave the round up; what was computed for it is dropped. ``retry`` says when to come back."""
+
+    def __init__(self, what: str, retry: common_pb2.RetryWindow, *, got: object = None) -> None:
+        self.retry = retry
+        super().__init__(what, got=got)
 
 
 _PASSING = (

@@ -2,14 +2,13 @@
 
 The protocol is :class:`evensong.secagg.device.DeviceMachine`; here it meets the network and the disk. Its secrets and
 the masked vector exist in memory only. What is written down is which attempt the device joined, before anything of it
-leaves, and that the update is *spent*, before the device's shares do: so a device that restarts has left its cohort, no
+leaves, and that the update is *spent*, before the device's shares do. So a device that restarts has left its cohort, no
 mask is made twice, and no update becomes part of two sums.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -20,7 +19,14 @@ from google.protobuf.message import Message
 from evensong.client.callbacks import SecureStage
 from evensong.client.context import Context
 from evensong.client.enrol import authority_public_key, certificate_of, signer_public_key
-from evensong.client.errors import AbandonedError, LeaseExpiredError, RefusedError, UnfitError, UntrustedError
+from evensong.client.errors import (
+    AbandonedError,
+    LeaseExpiredError,
+    RefusedError,
+    UnfitError,
+    UntrustedError,
+    printable,
+)
 from evensong.client.pacing import Backoff, draw_wait
 from evensong.client.state import Cohort, Stage, Work
 from evensong.client.upload import upload
@@ -32,11 +38,9 @@ from evensong.wire.errors import UnreachableError
 
 Result = TypeVar("Result")
 
-_log = logging.getLogger("evensong.client")
-
 _HOLD_MS = 60_000
-#: An attempt of a round comes to this; higher numbers are nonsense.
-_MOST_ATTEMPTS = 100
+_MOST_ATTEMPTS = 100  # of one round; higher numbers are nonsense
+_MOST_ROUNDS = 1 << 63  # what the database can hold
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,12 @@ async def take_part(context: Context, work: Work, assignment: device_pb2.Assignm
     attempt = 1
     while True:
         response = await taking_part.attempt(attempt)
-        end = response.end
-        if end.outcome == secagg_pb2.SECURE_OUTCOME_DONE:
+        outcome = response.end.outcome
+        if outcome == secagg_pb2.SECURE_OUTCOME_DONE:
             return TookPart(response.retry, taking_part.sent)
-        if end.outcome != secagg_pb2.SECURE_OUTCOME_AGAIN:
-            raise AbandonedError("the round came to no sum", got=end.message[:300] or None)
+        if outcome != secagg_pb2.SECURE_OUTCOME_AGAIN:
+            told = printable(response.end.message)
+            raise AbandonedError("the round came to no sum", response.retry, got=told or None)
         if not attempt < response.attempt <= _MOST_ATTEMPTS:
             raise UntrustedError(
                 "the coordinator goes on with an impossible attempt", expected=f"above {attempt}", got=response.attempt
@@ -83,14 +88,15 @@ class _TakingPart:
 
     async def attempt(self, attempt: int) -> secagg_pb2.SecureResponse:
         """The five steps; ends early with whatever end the coordinator tells."""
-        self._join(attempt)
-        machine = self._machine(attempt)
         try:
-            return await self._run(machine, attempt)
+            machine = self._machine(attempt)
+            self._join(attempt)
+            try:
+                return await self._run(machine, attempt)
+            finally:
+                machine.abort()  # all secrets are forgotten, however it ended
         except SecureError as error:
-            raise UntrustedError("the coordinator broke the protocol of secure sums", got=error.what) from error
-        finally:
-            machine.abort()  # all secrets are forgotten, however it ended
+            raise UntrustedError("the coordinator broke the protocol of secure sums", got=error) from error
 
     async def _run(self, machine: DeviceMachine, attempt: int) -> secagg_pb2.SecureResponse:
         context = self._context
@@ -123,10 +129,14 @@ class _TakingPart:
 
     def _join(self, attempt: int) -> None:
         """Writes down that the device takes part, unless it did before: then it cannot, and must not."""
+        round = self._assignment.round
+        if round >= _MOST_ROUNDS:
+            raise UntrustedError("the round's number is out of range", got=round)
         known = self._context.state.cohort(self._assignment.task_id, self._assignment.work)
-        here = self._assignment.round, attempt
-        if known is not None and (here <= (known.round, known.attempt) or (known.spent and known.round == here[0])):
-            raise UnfitError("this device has taken part in this round before, and its secrets are gone")
+        if known is not None and (round, attempt) <= (known.round, known.attempt):
+            raise UnfitError("this device has been in this cohort, or a later one, and those secrets are gone")
+        if known is not None and known.spent and known.round == round:
+            raise UntrustedError("the coordinator asks for a second sum with the same update")
         self._remember(attempt, spent=False)
 
     def _remember(self, attempt: int, *, spent: bool) -> None:
@@ -136,11 +146,6 @@ class _TakingPart:
     def _machine(self, attempt: int) -> DeviceMachine:
         context, assignment = self._context, self._assignment
         certificate = certificate_of(context)
-        if certificate is None:
-            raise UnfitError(
-                "this device has no certificate",
-                fix="Enrol it with one of its enrolment authority (evensong device enrol --certificate).",
-            )
         session = Session(
             bundle_sha256=hashlib.sha256(assignment.bundle.payload).digest(),
             manifest_sha256=hashlib.sha256(assignment.version.payload).digest(),

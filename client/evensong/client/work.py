@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from evensong.client.callbacks import GaveUp, Refused, RoundStarted, Sealed, StepDone, Uploaded
 from evensong.client.context import Context, Result
-from evensong.client.enrol import signer_public_key
+from evensong.client.enrol import certificate_of, signer_public_key
 from evensong.client.errors import (
     AbandonedError,
     ClientError,
@@ -74,7 +74,7 @@ async def execute(context: Context, work: Work) -> Outcome:
     except LeaseExpiredError as error:
         return _drop(context, assignment, "LEASE_EXPIRED", str(error), common_pb2.RetryWindow())
     except AbandonedError as error:
-        return _drop(context, assignment, "NO_SUM", str(error), common_pb2.RetryWindow())
+        return _drop(context, assignment, "NO_SUM", str(error), error.retry)
     except RefusedError as error:
         if error.is_passing:
             return Postponed(draw_wait(error.retry, context.randomness), error)
@@ -97,6 +97,8 @@ async def _compute(context: Context, work: Work, assignment: device_pb2.Assignme
             population=context.population,
             limits=context.limits,
         )
+        if model.bundle.HasField("secure"):
+            certificate_of(context)  # or all that follows would be in vain
         material = await obtain(context, model)
         work = replace(work, attempts=work.attempts + 1)
         context.state.set_work(work)
@@ -283,10 +285,17 @@ async def _sum(context: Context, work: Work, assignment: device_pb2.Assignment) 
     """The protocol of secure sums; what the device cannot or must not do is given back."""
     try:
         taken = await take_part(context, work, assignment)
-    except (UntrustedError, UnfitError) as error:
-        untrusted = isinstance(error, UntrustedError)
-        reason = device_pb2.ABORT_REASON_UNTRUSTED if untrusted else device_pb2.ABORT_REASON_UNFIT
-        return await _abort(context, _give_up(context, work, reason, error), assignment)
+    except (UnreachableError, StorageFullError, LeaseExpiredError, AbandonedError, RefusedError):
+        raise
+    except UntrustedError as error:
+        work = _give_up(context, work, device_pb2.ABORT_REASON_UNTRUSTED, error)
+    except UnfitError as error:
+        work = _give_up(context, work, device_pb2.ABORT_REASON_UNFIT, error)
+    except Exception as error:  # as in _compute
+        _log.exception("the secure sum of %s failed", assignment.task_id)
+        work = _give_up(context, work, device_pb2.ABORT_REASON_INTERNAL, error)
+    if work.stage == Stage.GIVEN_UP:
+        return await _abort(context, work, assignment)
     if work.stage == Stage.MEASURED:
         return _evaluated(context, work, assignment, taken.retry)
     return _trained(context, work, assignment, taken.retry, taken.sent)
