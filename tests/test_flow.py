@@ -41,6 +41,7 @@ from evensong.simulations import (
 from evensong.simulations.demo.scenarios import DIGITS
 from evensong.simulations.simulation import enrolment_token, open_coordinator, submit
 from evensong.v1 import device_pb2, operator_pb2
+from evensong.wire.codecs import UpdateCodec
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def test_one_round(tmp_path: Path) -> None:
 
         # What left is as long as the plan says, and holds nothing of the personal head.
         sealed = world.last("Ada", Sealed)
-        assert sealed.update_bytes == TASK.update.encoded_bytes(TASK.layout)
+        assert sealed.update_bytes == UpdateCodec().encoded_bytes(TASK.layout)
         assert not {spec.name for spec in TASK.layout} & set(HEAD)
 
         # The coordinator wants one more update, and not from Ada: her next check-in is held.
