@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from evensong.wire.codec import Codec
 from evensong.wire.errors import UpdateError
-from evensong.wire.tensors import Layout, layout_size
+from evensong.wire.tensors import Layout, layout_size, split_tensors
 
 
 class Accumulator:
@@ -62,13 +62,3 @@ class Accumulator:
         if not self.count:
             raise UpdateError("there is no mean of no updates", fix="Wait for the round's first report.")
         return split_tensors(self._sum / self.total_weight, self.layout)
-
-
-def split_tensors(flat: npt.NDArray[np.float64], layout: Layout) -> dict[str, npt.NDArray[np.float64]]:
-    """A flat vector as views of it in the author's shapes."""
-    tensors: dict[str, npt.NDArray[np.float64]] = {}
-    start = 0
-    for spec in layout:
-        tensors[spec.name] = flat[start : start + spec.size].reshape(spec.shape)
-        start += spec.size
-    return tensors

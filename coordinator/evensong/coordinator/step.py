@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from sqlalchemy import Row, select
 
 from evensong.coordinator import rounds, tables
-from evensong.coordinator.aggregate import split_tensors
 from evensong.coordinator.context import Context
 from evensong.coordinator.plan import Plan, parse_plan
 from evensong.coordinator.privacy import ledger
@@ -22,7 +21,7 @@ from evensong.v1 import common_pb2, task_pb2
 from evensong.wire.codecs import RandomWords
 from evensong.wire.download import download_words, encode_download
 from evensong.wire.errors import UpdateError
-from evensong.wire.tensors import FloatArray, decode_tensors, encode_tensors, layout_size
+from evensong.wire.tensors import FloatArray, decode_tensors, encode_tensors, layout_size, split_tensors
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from evensong.wire.chunks import crc32c
 from evensong.wire.errors import CorruptError, UpdateError
 from evensong.wire.frame import HEADER_BYTES, open_frame, seal
 from evensong.wire.quantizer import min_max_grid, pack, position, unpack, zero_aligned_grid
-from evensong.wire.tensors import FloatArray, Layout, check_tensors, layout_size, layout_table
+from evensong.wire.tensors import FloatArray, Layout, check_tensors, layout_size, layout_table, split_tensors
 
 MAGIC = b"EVUP"
 VERSION = 1
@@ -188,12 +188,7 @@ class UpdateCodec:
         values = np.empty(layout_size(layout), np.float32)
         for place, part in self._parts(body, layout):
             values[place] = part
-        tensors: dict[str, FloatArray] = {}
-        start = 0
-        for spec in layout:
-            tensors[spec.name] = values[start : start + spec.size].reshape(spec.shape).copy()
-            start += spec.size
-        return tensors
+        return split_tensors(values, layout)
 
     def accumulate(
         self, data: bytes | memoryview, layout: Layout, weight: float, into: npt.NDArray[np.float64]
@@ -203,10 +198,7 @@ class UpdateCodec:
         Raises what :meth:`decode` raises, and :class:`UpdateError` for a weight that is not finite and above 0;
         everything is checked before anything is added.
         """
-        if not (math.isfinite(weight) and weight > 0):
-            raise UpdateError("an update has a bad weight", expected="a finite number above 0", got=weight)
-        if into.shape != (layout_size(layout),) or into.dtype != np.float64:
-            raise ValueError(f"into must be float64 [{layout_size(layout)}], got {into.dtype} {into.shape}")
+        check_accumulation(layout, weight, into)
         body = self._open(data, layout)
         weighted = np.empty(_PIECE)
         for place, part in self._parts(body, layout):
@@ -362,6 +354,14 @@ class _Piece:
     def of(self, values: FloatArray) -> FloatArray:
         """float32 [rows, columns]."""
         return values[self.first_value : self.first_value + self.count].reshape(self.rows, self.columns)
+
+
+def check_accumulation(layout: Layout, weight: float, into: npt.NDArray[np.float64]) -> None:
+    """What every codec's ``accumulate`` asks of its arguments."""
+    if not (math.isfinite(weight) and weight > 0):
+        raise UpdateError("an update has a bad weight", expected="a finite number above 0", got=weight)
+    if into.shape != (layout_size(layout),) or into.dtype != np.float64:
+        raise ValueError(f"into must be float64 [{layout_size(layout)}], got {into.dtype} {into.shape}")
 
 
 # ------------------------------------------------------------------------------------------------------------- clipping

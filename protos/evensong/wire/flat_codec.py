@@ -7,7 +7,6 @@ CRC32C of the layout's table. What follows is the codec's own.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -17,10 +16,10 @@ import numpy.typing as npt
 
 from evensong.v1 import task_pb2
 from evensong.wire.chunks import crc32c
-from evensong.wire.codecs import MAGIC, MAX_MAGNITUDE, VERSION, RandomWords
+from evensong.wire.codecs import MAGIC, MAX_MAGNITUDE, VERSION, RandomWords, check_accumulation
 from evensong.wire.errors import UpdateError
 from evensong.wire.frame import HEADER_BYTES, open_frame, seal
-from evensong.wire.tensors import FloatArray, Layout, check_tensors, layout_size, layout_table
+from evensong.wire.tensors import FloatArray, Layout, check_tensors, layout_size, layout_table, split_tensors
 
 FIXED_BYTES = HEADER_BYTES + 12
 
@@ -76,13 +75,7 @@ class FlatCodec(ABC):
         Raises :class:`CorruptError` for damaged bytes and :class:`UpdateError` for an update of another layout or
         codec, or one that is not finite.
         """
-        values = self._open(data, layout)
-        tensors: dict[str, FloatArray] = {}
-        start = 0
-        for spec in layout:
-            tensors[spec.name] = values[start : start + spec.size].reshape(spec.shape).copy()
-            start += spec.size
-        return tensors
+        return split_tensors(self._open(data, layout), layout)
 
     def accumulate(
         self, data: bytes | memoryview, layout: Layout, weight: float, into: npt.NDArray[np.float64]
@@ -92,10 +85,7 @@ class FlatCodec(ABC):
         Raises what :meth:`decode` raises, and :class:`UpdateError` for a weight that is not finite and above 0;
         everything is checked before anything is added.
         """
-        if not (math.isfinite(weight) and weight > 0):
-            raise UpdateError("an update has a bad weight", expected="a finite number above 0", got=weight)
-        if into.shape != (layout_size(layout),) or into.dtype != np.float64:
-            raise ValueError(f"into must be float64 [{layout_size(layout)}], got {into.dtype} {into.shape}")
+        check_accumulation(layout, weight, into)
         values = self._open(data, layout)
         for start in range(0, values.size, _PIECE):
             part = values[start : start + _PIECE].astype(np.float64)

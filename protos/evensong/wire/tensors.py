@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ VERSION = 1
 MAX_LAYOUT_BYTES = 1 << 31
 
 FloatArray = npt.NDArray[np.float32]
+_Float = TypeVar("_Float", np.float32, np.float64)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,16 @@ def layout_of(variables: Iterable[Variable], personal: Sequence[str] = ()) -> La
 def layout_size(layout: Layout) -> int:
     """Number of values of all tensors together."""
     return sum(spec.size for spec in layout)
+
+
+def split_tensors(flat: npt.NDArray[_Float], layout: Layout) -> dict[str, npt.NDArray[_Float]]:
+    """A flat vector [``layout_size(layout)``] as views of it in the author's shapes."""
+    tensors: dict[str, npt.NDArray[_Float]] = {}
+    start = 0
+    for spec in layout:
+        tensors[spec.name] = flat[start : start + spec.size].reshape(spec.shape)
+        start += spec.size
+    return tensors
 
 
 def layout_to_proto(layout: Layout) -> list[task_pb2.TensorSpec]:
