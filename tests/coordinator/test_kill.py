@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import grpc.aio
 import numpy as np
 import pytest
+from crashing import crash_at_each_point, crash_at_random_times
 from daemon_process import PATIENCE_S, Connection, Daemon
 from tiny_device import POPULATION, RUNTIME, TinyDevice
 
@@ -30,6 +29,7 @@ from evensong.wire.tensors import Layout, decode_tensors, encode_tensors
 SHAPES = {"weight": (40, 50), "bias": (40,)}
 DEVICES, GOAL, DEADLINE_MS = 4, 3, 1_500
 CODEC = UpdateCodec(bits=None)
+POINTS = [point for point in CRASH_POINTS if not point.startswith("secure.")]
 
 
 class Stubborn:
@@ -227,56 +227,18 @@ def prove(fleet: Fleet) -> int:
     return len(versions) - 1
 
 
-async def crash_at_each_point(daemon: Daemon, points: list[str]) -> Fleet:
-    daemon.start()
-    fleet = Fleet(daemon)
-    working = await fleet.begin()
-    daemon.terminate()
-    assert daemon.join() == 0
-    for point in points:
-        fleet.idle = point.startswith("abandon")
-        daemon.start(crash_at=point)
-        deadline = time.monotonic() + PATIENCE_S
-        while daemon.exit_code is None:
-            await asyncio.sleep(0.01)
-            failed = [task for task in working if task.done()]
-            assert not failed, failed
-            assert time.monotonic() < deadline, f"{point} is never reached"
-        assert daemon.exit_code == -signal.SIGKILL, daemon.log.read_text()[-2_000:]
-    daemon.start()
-    await fleet.end(working)
-    return fleet
-
-
-async def crash_at_random_times(daemon: Daemon, crashes: int, rng: random.Random) -> Fleet:
-    daemon.start()
-    fleet = Fleet(daemon)
-    working = await fleet.begin()
-    for _ in range(crashes):
-        await asyncio.sleep(rng.uniform(0.0, 0.6))
-        daemon.kill()
-        assert daemon.join() == -signal.SIGKILL
-        daemon.start()
-        await daemon.address()
-    await fleet.end(working)
-    return fleet
-
-
 def test_a_kill_at_every_critical_line_loses_and_doubles_nothing(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path / "data")
     try:
-        points = [point for point in CRASH_POINTS if not point.startswith("secure.")]
-        assert prove(asyncio.run(crash_at_each_point(daemon, points))) > 0
+        assert prove(asyncio.run(crash_at_each_point(daemon, Fleet, POINTS))) > 0
     finally:
         daemon.close()
 
 
 @pytest.mark.parametrize("crashes", [15, pytest.param(100, marks=pytest.mark.slow)])
 def test_kills_at_random_times_lose_and_double_nothing(tmp_path: Path, crashes: int) -> None:
-    seed = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
     daemon = Daemon(tmp_path / "data")
     try:
-        assert prove(asyncio.run(crash_at_random_times(daemon, crashes, random.Random(seed)))) > 0
+        assert prove(asyncio.run(crash_at_random_times(daemon, Fleet, crashes))) > 0
     finally:
         daemon.close()

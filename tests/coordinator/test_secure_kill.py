@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import signal
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import grpc.aio
 import numpy as np
 import pytest
+from crashing import crash_at_each_point, crash_at_random_times
 from daemon_process import PATIENCE_S, Connection, Daemon
 from secure_device import SecureDevice, secure_plan
 
@@ -89,6 +89,7 @@ class Fleet:
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
         self.over = False
+        self.idle = False
         self.layout: Layout = ()
         self.task_id = ""
         self.vectors: dict[tuple[int, str], Stubborn] = {}
@@ -190,54 +191,18 @@ def prove(fleet: Fleet) -> int:
     return len(versions) - 1
 
 
-async def crash_at_each_point(daemon: Daemon) -> Fleet:
-    daemon.start()
-    fleet = Fleet(daemon)
-    working = await fleet.begin()
-    daemon.terminate()
-    assert daemon.join() == 0
-    for point in POINTS:
-        daemon.start(crash_at=point)
-        deadline = time.monotonic() + PATIENCE_S
-        while daemon.exit_code is None:
-            await asyncio.sleep(0.01)
-            failed = [task for task in working if task.done()]
-            assert not failed, failed
-            assert time.monotonic() < deadline, f"{point} is never reached"
-        assert daemon.exit_code == -signal.SIGKILL, daemon.log.read_text()[-2_000:]
-    daemon.start()
-    await fleet.end(working)
-    return fleet
-
-
-async def crash_at_random_times(daemon: Daemon, crashes: int, rng: random.Random) -> Fleet:
-    daemon.start()
-    fleet = Fleet(daemon)
-    working = await fleet.begin()
-    for _ in range(crashes):
-        await asyncio.sleep(rng.uniform(0.0, 0.8))
-        daemon.kill()
-        assert daemon.join() == -signal.SIGKILL
-        daemon.start()
-        await daemon.address()
-    await fleet.end(working)
-    return fleet
-
-
 def test_a_kill_at_every_line_that_matters_keeps_the_sum_and_the_secrets(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path / "data")
     try:
-        assert prove(asyncio.run(crash_at_each_point(daemon))) > 0
+        assert prove(asyncio.run(crash_at_each_point(daemon, Fleet, POINTS))) > 0
     finally:
         daemon.close()
 
 
 @pytest.mark.parametrize("crashes", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_kills_at_random_times_keep_the_sum_and_the_secrets(tmp_path: Path, crashes: int) -> None:
-    seed = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
     daemon = Daemon(tmp_path / "data")
     try:
-        assert prove(asyncio.run(crash_at_random_times(daemon, crashes, random.Random(seed)))) > 0
+        assert prove(asyncio.run(crash_at_random_times(daemon, Fleet, crashes))) > 0
     finally:
         daemon.close()

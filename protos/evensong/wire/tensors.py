@@ -34,7 +34,7 @@ VERSION = 1
 MAX_LAYOUT_BYTES = 1 << 31
 
 FloatArray = npt.NDArray[np.float32]
-_Float = TypeVar("_Float", np.float32, np.float64)
+_Float = TypeVar("_Float", bound=np.floating)
 
 
 @dataclass(frozen=True)
