@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tiny_artifact import tiny_artifact, tiny_examples
 
 from evensong.client import AlwaysReady, Device, Outcome, inline
-from evensong.v1 import common_pb2, device_pb2, task_pb2
+from evensong.v1 import common_pb2, device_pb2, secagg_pb2, task_pb2
 from evensong.wire.artifact import decode_artifact
 from evensong.wire.chunks import ALREADY_THERE, check_chunk, crc32c, sha256
 from evensong.wire.codecs import UpdateCodec
@@ -62,6 +62,7 @@ class Coordinator:
     after: Callable[[int, str], None] = lambda number, method: None
     tamper: Callable[[str, object], None] = lambda method, response: None
     retry: tuple[int, int] = (1000, 2000)
+    task_id = "task-1"
 
     def __post_init__(self) -> None:
         self.artifact = tiny_artifact(self.features, self.classes)
@@ -104,7 +105,7 @@ class Coordinator:
         self.values = {spec.name: np.zeros(spec.shape, np.float32) for spec in self.layout} | (values or {})
         self.bundle = sign_blob("bundle", bundle.SerializeToString(), self.signer)
         manifest = task_pb2.VersionManifest(
-            task_id="task-1",
+            task_id=self.task_id,
             bundle_sha256=sha256(self.bundle.payload),
             number=number,
             parameters=self._store(encode_tensors(self.values, self.layout)),
@@ -126,7 +127,7 @@ class Coordinator:
         self.calls.append(name)
         self.requests.append((name, body))
         self._moment(self.before, name)
-        request = getattr(device_pb2, f"{name}Request").FromString(body)
+        request = getattr(secagg_pb2 if name == "Secure" else device_pb2, f"{name}Request").FromString(body)
         if name == "Enrol":
             verify_request(metadata, method, body, request.public_key, self.clock.now)
             self.devices[dict(metadata)["evensong-device"]] = request.public_key
@@ -178,7 +179,7 @@ class Coordinator:
     def _CheckIn(self, request: device_pb2.CheckInRequest) -> device_pb2.CheckInResponse:  # noqa: N802
         response = device_pb2.CheckInResponse()
         if self.serve:
-            response.serving.add(task_id="task-1", bundle=self.bundle, version=self.version)
+            response.serving.add(task_id=self.task_id, bundle=self.bundle, version=self.version)
         if self.give:
             self.round += 1
             response.assignment.CopyFrom(
@@ -189,7 +190,7 @@ class Coordinator:
                         expires_unix_ms=self.clock.now + self.lease_ms,
                     ),
                     work=self.give.pop(0),
-                    task_id="task-1",
+                    task_id=self.task_id,
                     round=self.round,
                     bundle=self.bundle,
                     version=self.version,

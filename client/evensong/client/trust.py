@@ -142,6 +142,8 @@ def _check_secure(bundle: task_pb2.TaskBundle, version: task_pb2.VersionManifest
     _expect(0 <= plan.dropout_share < 0.5, "drop-out share out of range", plan.dropout_share)
     _expect(plan.min_survivors <= plan.max_cohort <= 1_000_000, "cohort out of range", plan.max_cohort)
     _expect((version.clip_norm or bundle.update.clip_norm) > 0, "a secure sum without a clip norm")
+    noise = bundle.privacy.noise_multiplier
+    _expect(math.isfinite(noise) and noise >= 0, "noise multiplier out of range", noise)
     if plan.min_survivors < limits.least_survivors:
         raise UnfitError(
             "the task sums fewer devices than this one is willing to hide among",
