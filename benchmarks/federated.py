@@ -23,7 +23,7 @@ import numpy.typing as npt
 from evensong.client import ArrayExamples, Batch
 from evensong.client.train import LocalUpdate, learning_rate_of, train
 from evensong.coordinator import Task
-from evensong.coordinator.aggregate import Accumulator, split_tensors
+from evensong.coordinator.aggregate import Accumulator
 from evensong.coordinator.privacy.keys import NoiseKey
 from evensong.coordinator.privacy.mechanism import Total, release
 from evensong.mobile_runtime import load
@@ -35,7 +35,7 @@ from evensong.v1 import common_pb2, device_pb2, task_pb2
 from evensong.wire.codec import codec_from_plan
 from evensong.wire.codecs import clip_to_norm
 from evensong.wire.rotation import rotation_seed
-from evensong.wire.tensors import FloatArray
+from evensong.wire.tensors import FloatArray, split_tensors
 
 JUDGED = 10  # versions at the end that are judged: one alone swings from round to round
 _MOST_STEPS = 10_000
@@ -61,22 +61,21 @@ class Population:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``accuracy``: in percent, of each of the last :data:`JUDGED` versions, by judge. ``bytes_up``: an update's size.
-    ``noise_multiplier``: 0 without noise. ``clipped``: share of updates over the clip norm."""
+    """``accuracy``: in percent, of each of the last :data:`JUDGED` versions, by judge. ``bytes_up``: of an update."""
 
     accuracy: dict[str, list[float]]
     bytes_up: int
-    noise_multiplier: float
-    clipped: float
-    clip_norm: float  #: of the last round
+    noise_multiplier: float  #: 0 without noise
+    clipped: float  #: share of updates over the clip norm
+    clip_norm: float  #: after the last round; 0 without clipping
 
 
 def federate(task: Task, population: Population, initial: Parameters, seed: int) -> Outcome:
     """All rounds of ``task`` from ``initial``. The server step is FedAvg's: the version plus the mean update."""
     bundle, parameters = task.to_bundle(), dict(initial)
     clip_norm = bundle.update.adaptive_clipping.initial or bundle.update.clip_norm
-    encoder = (_SecureSum if task.secure else _PlainSum)(task, bundle, seed)
-    key = NoiseKey(sha256(bytes([Draw.KEY]) + seed.to_bytes(8, "little")).digest())
+    encoder = (_SecureSum if task.secure else _PlainSum)(task, bundle)
+    key = NoiseKey(random(seed, Draw.KEY).bytes(32))
     accuracy: dict[str, list[float]] = {judge: [] for judge in population.judges}
     devices = within = 0
     with load(task.artifact_bytes) as session:
@@ -84,9 +83,10 @@ def federate(task: Task, population: Population, initial: Parameters, seed: int)
             learning_rate = learning_rate_of(bundle.local, number, task.rounds)
             encoder.start(number, clip_norm)
             for device in population.cohorts[number - 1]:
-                update = _train(session, bundle, parameters, population.devices[device], learning_rate,
-                                random(seed, Draw.ORDER, number, device))  # fmt: skip
-                encoder.add(update, partial(random, seed, round=number, device=device))
+                draws = partial(random, seed, round=number, device=device)
+                examples = population.devices[device]
+                update = _train(session, bundle, parameters, examples, learning_rate, draws(Draw.ORDER))
+                encoder.add(update, draws)
             total = encoder.total()
             released = release(bundle, total, clip_norm=clip_norm, key=key, task_id="accuracy", round=number)
             clip_norm = released.clip_norm or clip_norm
@@ -145,7 +145,7 @@ def _accuracy(session: Session, sets: Sequence[Examples]) -> float:
 class _PlainSum:
     """Updates that the coordinator sees one by one."""
 
-    def __init__(self, task: Task, bundle: task_pb2.TaskBundle, seed: int) -> None:
+    def __init__(self, task: Task, bundle: task_pb2.TaskBundle) -> None:
         self._bundle, self._layout, self._codec = bundle, task.layout, codec_from_plan(bundle.update)
         self.bytes_up = self._codec.encoded_bytes(self._layout)
 
@@ -154,10 +154,10 @@ class _PlainSum:
         self._clip_norm, self._within = clip_norm, 0
         self._sum = Accumulator(self._layout, self._codec, clip_norm=bound)
 
-    def add(self, update: LocalUpdate, random: partial[np.random.Generator]) -> None:
+    def add(self, update: LocalUpdate, draws: partial[np.random.Generator]) -> None:
         delta, norm = clip_to_norm(update.delta, self._clip_norm)
         self._within += norm <= self._clip_norm
-        data = self._codec.encode(delta, self._layout, random(Draw.WORDS))
+        data = self._codec.encode(delta, self._layout, draws(Draw.WORDS))
         self._sum.add(data, _weight(self._bundle, update))
 
     def total(self) -> Total:
@@ -167,7 +167,7 @@ class _PlainSum:
 class _SecureSum:
     """The vectors of a secure sum, without their masks."""
 
-    def __init__(self, task: Task, bundle: task_pb2.TaskBundle, seed: int) -> None:
+    def __init__(self, task: Task, bundle: task_pb2.TaskBundle) -> None:
         self._bundle, self._layout = bundle, task.layout
         self._vector = VectorPlan.from_bundle(bundle, device_pb2.WORK_TRAIN)
         self.bytes_up = self._vector.nbytes
@@ -178,11 +178,11 @@ class _SecureSum:
         self._clip_norm, self._devices = clip_norm, 0
         self._lanes = np.zeros(self._vector.fields.lanes, np.uint64)
 
-    def add(self, update: LocalUpdate, random: partial[np.random.Generator]) -> None:
-        words, step = random(Draw.WORDS), self._vector.step(self._clip_norm)
+    def add(self, update: LocalUpdate, draws: partial[np.random.Generator]) -> None:
+        words, step = draws(Draw.WORDS), self._vector.step(self._clip_norm)
         training, noise, norm_bound = update.training, None, None
         if self._bundle.privacy.mechanism in DISTRIBUTED:
-            keystream = Keystream(random(Draw.NOISE).bytes(32))
+            keystream = Keystream(draws(Draw.NOISE).bytes(32))
             noise = partial(local_noise, self._bundle, self._clip_norm, step, keystream=keystream)
             norm_bound = conditional_norm_bound(self._clip_norm, step, self._vector.size)
         metrics = common_pb2.Metrics(examples=training.examples, correct=training.correct, loss_sum=training.loss_sum)
