@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from scripted import SECOND, Coordinator
 
-from evensong.client import Device
+from evensong.client import Device, work
 from evensong.secagg import DeviceMachine, Policy, Primitives, ServerMachine, ServerStage, Session, certificates
 from evensong.secagg import device as device_machine
 from evensong.secagg.masks import Mask, apply_masks
@@ -212,6 +212,25 @@ class Attempt:
 
 def _id(machine: DeviceMachine) -> str:
     return sha256(public_key_of(machine._identity))[:16].hex()
+
+
+def end(outcome: int, attempt: int = 0, message: str = "") -> secagg_pb2.SecureResponse:
+    told = secagg_pb2.SecureEnd(outcome=outcome, message=message)  # type: ignore[arg-type]
+    return secagg_pb2.SecureResponse(attempt=attempt, end=told)
+
+
+def seen_sealed(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Grows with each vector that the device seals: its lanes, before any mask."""
+    sealed: list[np.ndarray] = []
+    original = work.seal_vector
+
+    def seal(*arguments: object, **options: object) -> object:
+        vector = original(*arguments, **options)  # type: ignore[arg-type]
+        sealed.append(np.frombuffer(vector.data, "<u8"))
+        return vector
+
+    monkeypatch.setattr(work, "seal_vector", seal)
+    return sealed
 
 
 # ------------------------------------------------------------------------------------------------------------- secrets

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from lying_coordinator import ABORTED, AGAIN, Secrets, SecureCoordinator, secure
+from lying_coordinator import ABORTED, AGAIN, Secrets, SecureCoordinator, end, secure, seen_sealed
 from scripted import FakeClock, device_for
 
-from evensong.client import Aborted, Device, Dropped, Idle, Limits, Trained
+from evensong.client import Aborted, Dropped, Idle, Limits, Trained
 from evensong.secagg import bitmap
 from evensong.secagg.primitives import Primitives
 from evensong.secagg.roster import make_roster, read_member, sign_roster
@@ -30,11 +30,6 @@ Lie = Callable[[SecureCoordinator, secagg_pb2.SecureResponse], None]
 
 def give(**fields: object) -> SecureCoordinator:
     return SecureCoordinator(FakeClock(), give=[TRAIN], **fields)  # type: ignore[arg-type]
-
-
-def end(outcome: int, attempt: int = 0, message: str = "") -> secagg_pb2.SecureResponse:
-    told = secagg_pb2.SecureEnd(outcome=outcome, message=message)  # type: ignore[arg-type]
-    return secagg_pb2.SecureResponse(attempt=attempt, end=told)
 
 
 def steps(coordinator: SecureCoordinator) -> list[str]:
@@ -53,22 +48,6 @@ def test_a_device_adds_exactly_what_it_sealed(tmp_path: Path, monkeypatch: pytes
     assert steps(coordinator) == ["advertise", "shares", "masked", "commit", "unmask"]
     [total] = coordinator.sums()
     assert np.array_equal(total, sealed[0]) and coordinator.vectors[0] != sealed[0].tobytes()
-
-
-def seen_sealed(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """Grows with each vector that the device seals: its lanes, before any mask."""
-    from evensong.client import work
-
-    sealed: list[np.ndarray] = []
-    original = work.seal_vector
-
-    def seal(*arguments: object, **options: object) -> object:
-        vector = original(*arguments, **options)  # type: ignore[arg-type]
-        sealed.append(np.frombuffer(vector.data, "<u8"))
-        return vector
-
-    monkeypatch.setattr(work, "seal_vector", seal)
-    return sealed
 
 
 # --------------------------------------------------------------------------------------------------------------- roster
