@@ -66,7 +66,7 @@ class Outcome:
     accuracy: dict[str, list[float]]
     bytes_up: int
     noise_multiplier: float  #: 0 without noise
-    clipped: float  #: share of updates over the clip norm
+    clipped: float  #: share of updates over the clip norm; 1 where devices do not tell
     clip_norm: float  #: after the last round; 0 without clipping
 
 
