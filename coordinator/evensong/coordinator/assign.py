@@ -65,7 +65,7 @@ def _choose(
     context: Context, tx: Transaction, call: Call, request: device_pb2.CheckInRequest
 ) -> Row[tuple[object, ...]] | NoWork:
     device_id, now = call.device.device_id, context.now()
-    # Training first, then the evaluation that has waited longest.
+    # A secure evaluation, then training, then other evaluations; of each what has waited longest.
     candidates = tx.execute(
         _ROUNDS_WITH_BUNDLES.where(
             tables.tasks.c.population == call.device.population,
@@ -74,7 +74,13 @@ def _choose(
             or_(tables.rounds.c.deadline_ms.is_(None), tables.rounds.c.deadline_ms > now),
             or_(tables.secure_attempts.c.stage.is_(None), tables.secure_attempts.c.stage == ServerStage.ADVERTISE),
         ).order_by(
-            case((tables.secure_attempts.c.stage.is_not(None), -tables.rounds.c.work), else_=tables.rounds.c.work),
+            case(
+                (
+                    and_(tables.rounds.c.work == device_pb2.WORK_EVALUATE, tables.secure_attempts.c.stage.is_not(None)),
+                    0,
+                ),
+                else_=tables.rounds.c.work,
+            ),
             tables.rounds.c.round_id,
         )
     ).all()

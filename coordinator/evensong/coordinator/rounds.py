@@ -129,6 +129,7 @@ def move(context: Context, tx: Transaction, round: Row[tuple[object, ...]], trig
             .values(state=LeaseState.CLOSED)
         )
         tx.after_commit(lambda: context.spool.dismiss(round_id=round.round_id))
+        tx.after_commit(context.secure.beat)  # members of a cohort hear of its end
     elif after is State.ABANDONED:
         values |= {"closed_by": trigger}
     if after not in LIVE:
