@@ -12,13 +12,16 @@ from evensong.mobile_runtime import load
 from evensong.simulations.command import main
 from evensong.simulations.data import load_dataset
 
-SHORT = ["--clients", "3", "--rounds", "2", "--goal", "2", "--strategy", "fedavgm", "--bits", "4", "--lost", "0.05"]
+SHORT = ["--clients", "4", "--rounds", "2", "--goal", "3", "--strategy", "fedavgm", "--bits", "4", "--lost", "0.05"]
 
 
-def test_the_same_seed_prints_the_same_parameters(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("secure", ["--secure", "--no-secure"])
+def test_the_same_seed_prints_the_same_parameters(
+    secure: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     printed = []
     for folder in ("first", "second"):
-        assert main([*SHORT, "--seed", "4", "--output", str(tmp_path / folder)]) == 0
+        assert main([*SHORT, secure, "--seed", "4", "--output", str(tmp_path / folder)]) == 0
         printed.append(re.search(r"parameters ([0-9a-f]{64})", capfd.readouterr().out))
     assert printed[0] and printed[1] and printed[0][1] == printed[1][1]
     first, second = (json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("first", "second"))
@@ -26,7 +29,7 @@ def test_the_same_seed_prints_the_same_parameters(tmp_path: Path, capfd: pytest.
     for each in (first, second):
         del each["seconds"]
     assert first == second
-    assert (first["devices"], first["rounds"]) == (3, 2)
+    assert (first["devices"], first["rounds"]) == (4, 2)
     trained = load((tmp_path / "first" / "trained.evsg").read_bytes())
     digits = load_dataset("digits")
     assert trained.evaluate(digits.inputs, digits.labels).accuracy > 0.2
@@ -39,7 +42,8 @@ def test_the_same_seed_prints_the_same_parameters(tmp_path: Path, capfd: pytest.
         (["--partition", "shards"], 2, "dirichlet:ALPHA"),
         (["--data", "mnist"], 2, "digits or har or fashion"),
         (["--clients", "2", "--goal", "3"], 1, "never reach its goal"),
-        (["--clients", "2", "--strategy", "krum"], 1, "krum"),
+        (["--clients", "3", "--strategy", "krum"], 1, "krum"),
+        (["--clients", "3", "--goal", "2"], 1, "three devices"),
         (["--bits", "0"], 2, "--bits"),
     ],
 )
