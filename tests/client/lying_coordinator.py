@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from scripted import SECOND, Coordinator
+from scripted import SECOND, Coordinator, refusal
 
 from evensong.client import Device, work
 from evensong.secagg import DeviceMachine, Policy, Primitives, ServerMachine, ServerStage, Session, certificates
 from evensong.secagg import device as device_machine
 from evensong.secagg.masks import Mask, apply_masks
-from evensong.v1 import device_pb2, secagg_pb2, task_pb2
+from evensong.v1 import common_pb2, device_pb2, secagg_pb2, task_pb2
 from evensong.wire.chunks import sha256
 from evensong.wire.signing import public_key_of
 
@@ -61,6 +61,7 @@ class SecureCoordinator(Coordinator):
     authority: Ed25519PrivateKey | None = None  #: one of its own, not the coordinator
     certificate_days: int = 365
     renew: bool = False
+    told: secagg_pb2.SecureResponse | None = None  #: to a new process, whatever is true
 
     task_id = "0123456789abcdef" * 2
 
@@ -72,6 +73,7 @@ class SecureCoordinator(Coordinator):
         self.attempts: dict[tuple[int, int], Attempt] = {}
         self.vectors: list[bytes] = []  # masked, as they were uploaded
         self.steps: list[tuple[str, secagg_pb2.SecureRequest]] = []
+        self.asked: list[secagg_pb2.SecureRequest] = []  # by new processes, what became of an attempt
 
     @property
     def signing_authority(self) -> Ed25519PrivateKey:
@@ -112,6 +114,9 @@ class SecureCoordinator(Coordinator):
 
     def _Secure(self, request: secagg_pb2.SecureRequest) -> secagg_pb2.SecureResponse:  # noqa: N802
         step = request.WhichOneof("step")
+        if not request.wait_ms:
+            self.asked.append(request)
+            return self._what_became_of(request)
         self.steps.append((step, request))
         if self.ends and self.ends[0][0] == step:
             return self.ends.pop(0)[1]
@@ -126,6 +131,18 @@ class SecureCoordinator(Coordinator):
             getattr(response, _FIELD[type(answer)]).CopyFrom(answer)
         self.lie(step, response)
         return response
+
+    def _what_became_of(self, request: secagg_pb2.SecureRequest) -> secagg_pb2.SecureResponse:
+        """The question of a device that started anew."""
+        assert request.WhichOneof("step") == "masked"
+        if self.told is not None:
+            return self.told
+        attempt = self.attempts.get((int(request.lease.fencing_token), request.attempt))
+        if attempt and attempt.server.stage is ServerStage.DONE:
+            return end(DONE, request.attempt)
+        if attempt and attempt.has_vector():
+            return secagg_pb2.SecureResponse(attempt=request.attempt)
+        return secagg_pb2.SecureResponse(refusal=refusal(common_pb2.REFUSAL_REASON_TOO_LATE))
 
 
 class Attempt:
@@ -203,6 +220,10 @@ class Attempt:
     def take_vector(self, data: bytes, word: secagg_pb2.SecureMasked) -> None:
         self.server.receive(self._device, word, vector_sha256=sha256(data), now_unix_ms=self._coordinator.clock.now)
         self._vectors.append(np.frombuffer(data, "<u8").astype(np.uint64))
+
+    def has_vector(self) -> bool:
+        """Of the real device."""
+        return self._device in self.server._received[ServerStage.MASKED]
 
     def opened(self) -> np.ndarray:
         total = np.sum(self._vectors, axis=0, dtype=np.uint64)

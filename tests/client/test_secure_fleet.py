@@ -77,6 +77,11 @@ class Line:
         self.after(name, request)
         return answer
 
+    def questions(self) -> list[secagg_pb2.SecureRequest]:
+        """What a new process asks: how the attempt of the one before it ended."""
+        secure = [request for name, request in self.sent if name == "Secure"]
+        return [request for request in secure if request.HasField("masked") and not request.wait_ms]
+
     async def stream(self, method: str, body: bytes, metadata: Metadata) -> AsyncIterator[bytes]:
         async for message in self._core.devices.stream(method, body, metadata):
             yield message
@@ -323,11 +328,13 @@ def test_a_device_that_dies_in_a_stage_is_back_for_the_next_round(play: Play, st
         mine = lives["device-0"]
         committed = world.events(EventKind.VERSION_COMMITTED)
         assert [event.version for event in committed] == [1, 2] and committed[1].reports == 4
-        assert [outcome.reason for outcome in mine if isinstance(outcome, Aborted)] == ["UNFIT"]
+        gave_up = [outcome.reason for outcome in mine if isinstance(outcome, Aborted)]
+        assert gave_up == ([] if (step, after) == ("unmask", True) else ["UNFIT"])  # nothing was left to do then
         assert any(isinstance(outcome, Trained) and outcome.round == committed[1].round for outcome in mine)
         rows = world.journal()
         assert len(set(rows)) == len(rows)
-        secure = [request for name, request in line.sent if name == "Secure"]
+        [question] = line.questions()
+        secure = [request for name, request in line.sent if name == "Secure" and request is not question]
         for kind, fields in (("advertise", ("channel_key", "mask_key", "nonce")), ("shares", ("seed_commitment",))):
             bodies = {getattr(r, kind).SerializeToString(): getattr(r, kind) for r in secure if r.HasField(kind)}
             values = [getattr(message, field) for message in bodies.values() for field in fields]
@@ -365,6 +372,47 @@ def test_a_second_attempt_sums_each_update_once(play: Play) -> None:
             raise Crash
 
     play(story, devices=7)
+
+
+@pytest.mark.parametrize("call", ["shares", "BeginUpload", "CommitUpload"])
+def test_a_process_that_starts_anew_takes_part_in_the_next_attempt(play: Play, call: str) -> None:
+    """Two of five die, are away until the attempt is given up, and bring what they had sealed before."""
+
+    async def story(world: World) -> None:
+        secure = SecureAggregation(corrupted=0.0, dropout=0.2, min_survivors=5, stage_seconds=60.0)
+        world.submit(goal=5, secure=secure, evaluate_every=0)
+        leavers = world.names[:2]
+
+        async def leave(name: str) -> list[Outcome]:
+            world.lines[name].before = die
+            device = world.open(name)
+            with pytest.raises(Crash):
+                await device.step_async()
+            device._state.close()
+            device._examples.close()
+            world.lines[name].before = lambda name, request: None
+            await world.clock.sleep(90)
+            world.open(name)
+            return await world.live(name)
+
+        await asyncio.gather(*map(leave, leavers), *map(world.live, world.names[2:]))
+        [committed] = world.events(EventKind.VERSION_COMMITTED)
+        assert (committed.version, committed.round, committed.reports) == (1, 1, 5)
+        assert len(world.trained(1)) == 5  # each once
+        world.assert_exact(1, world.trained(1))
+        for name in leavers:
+            [question] = world.lines[name].questions()
+            sent = [request for kind, request in world.lines[name].sent if kind == "Secure"]
+            assert question.attempt == 1
+            assert {request.attempt for request in sent[sent.index(question) + 1 :]} == {2}
+            keys = [request.advertise.mask_key for request in sent if request.HasField("advertise")]
+            assert len(set(keys)) == len(keys) == 2
+
+    def die(name: str, request: Any) -> None:
+        if call in (name, request.WhichOneof("step") if name == "Secure" else None):
+            raise Crash
+
+    play(story, devices=5)
 
 
 # --------------------------------------------------------------------------------------------------------- certificates

@@ -332,11 +332,17 @@ def test_an_older_round_is_never_joined_again(tmp_path: Path) -> None:
     coordinator = give()
     with device_for(coordinator, tmp_path) as device:
         assert isinstance(device.step(), Trained)
-        coordinator.round -= 1  # the next assignment is of the same round
+        for told, reason in ((secagg_pb2.SecureResponse(), "UNFIT"), (end(AGAIN, 2), "UNTRUSTED")):
+            coordinator.round -= 1  # the next assignment is of the same round
+            coordinator.give, coordinator.told = [TRAIN], told
+            outcome = device.step()
+            assert isinstance(outcome, Aborted) and outcome.reason == reason
+        coordinator.round -= 2
         coordinator.give = [TRAIN]
         outcome = device.step()
         assert isinstance(outcome, Aborted) and outcome.reason == "UNFIT"
-        assert len(coordinator.steps) == 5
+        coordinator.round += 1
+        assert len(coordinator.steps) == 5 and len(coordinator.asked) == 2
         coordinator.give = [TRAIN]
         assert isinstance(device.step(), Trained)
 

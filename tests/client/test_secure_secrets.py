@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 
 import pytest
-from lying_coordinator import ABORTED, Secrets, SecureCoordinator, end, seen_sealed
-from scripted import FakeClock, device_for
+from lying_coordinator import ABORTED, AGAIN, DONE, Secrets, SecureCoordinator, end, seen_sealed
+from scripted import FakeClock, device_for, lose, refusal
 
-from evensong.client import Aborted, Device, Dropped, Trained
+from evensong.client import Aborted, Device, Dropped, Idle, Trained
 from evensong.client.callbacks import SecureStage
-from evensong.v1 import device_pb2
+from evensong.v1 import common_pb2, device_pb2, secagg_pb2
 from evensong.wire.errors import UnreachableError
 
 pytestmark = pytest.mark.secagg
@@ -79,9 +79,13 @@ def test_a_process_that_dies_in_a_stage_has_left_its_cohort_for_good(
     with device_for(coordinator, tmp_path, primitives=second.primitives) as device:
         second.watch(device)
         outcome = device.step()
-        assert isinstance(outcome, Aborted) and outcome.reason == "UNFIT"
-        new = coordinator.requests[len(sent) :]
-        assert [name for name, _ in new] == ["Abort"]  # the work is given back, and no cohort joined
+        new = [name for name, _ in coordinator.requests[len(sent) :]]
+        if step == "unmask" and after:
+            assert isinstance(outcome, Trained) and new == ["Secure"]  # nothing was left to do
+        else:
+            assert isinstance(outcome, Aborted) and outcome.reason == "UNFIT"
+            assert new == ["Secure", "Abort"]  # it asks, and gives the work back
+        assert len(coordinator.asked) == 1 and device._state.work() is None
         coordinator.give = [TRAIN]
         assert isinstance(device.step(), Trained)
         second.assert_absent("on disk", everything_on_disk(tmp_path))
@@ -96,6 +100,39 @@ def test_a_process_that_dies_in_a_stage_has_left_its_cohort_for_good(
         secrets.assert_absent("on disk", everything_on_disk(tmp_path))
     for vector in coordinator.vectors:
         assert vector[:32] not in everything_on_disk(tmp_path)
+
+
+TOLD = {
+    "a later attempt": (end(AGAIN, 2), "Trained"),
+    "the same attempt": (end(AGAIN, 1), "UNTRUSTED"),
+    "given up": (end(ABORTED, 1), "NO_SUM"),
+    "done": (end(DONE, 1), "Trained"),
+    "survivors": (secagg_pb2.SecureResponse(survivors=secagg_pb2.SecureSurvivors(survivors=b"\x1f")), "UNFIT"),
+    "too late": (secagg_pb2.SecureResponse(refusal=refusal(common_pb2.REFUSAL_REASON_TOO_LATE)), "UNFIT"),
+    "not needed": (secagg_pb2.SecureResponse(refusal=refusal(common_pb2.REFUSAL_REASON_NOT_NEEDED)), "NOT_NEEDED"),
+}
+
+
+@pytest.mark.parametrize("told", TOLD)
+@pytest.mark.parametrize("spent", [False, True], ids=["unspent", "spent"])
+def test_what_a_new_process_is_told_of_the_attempt(told: str, spent: bool, tmp_path: Path) -> None:
+    """It asks until it is answered, once; and whatever the answer, a spent update joins no other attempt."""
+    coordinator = SecureCoordinator(FakeClock(), give=[TRAIN])
+    crash_in(coordinator, "unmask" if spent else "masked", after=False)
+    device = device_for(coordinator, tmp_path)
+    with pytest.raises(Crash):
+        device.step()
+    die(device)
+    before = len(coordinator.steps)
+    coordinator.told, ending = TOLD[told]
+    coordinator.before = lose({coordinator.moments + 1, coordinator.moments + 2})
+    with device_for(coordinator, tmp_path) as device:
+        outcome = device.step()
+        assert isinstance(device.step(), Idle)
+    joins = told == "a later attempt" and not spent
+    assert getattr(outcome, "reason", "Trained") == ("UNTRUSTED" if told == "a later attempt" and spent else ending)
+    assert [request.attempt for request in coordinator.asked] == [1]
+    assert [request.attempt for _, request in coordinator.steps[before:]] == [2] * (5 if joins else 0)
 
 
 def test_no_masked_vector_is_on_disk_while_it_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

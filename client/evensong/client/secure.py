@@ -2,8 +2,9 @@
 
 The protocol is :class:`evensong.secagg.device.DeviceMachine`; here it meets the network and the disk. Its secrets and
 the masked vector exist in memory only. What is written down is which attempt the device joined, before anything of it
-leaves, and that the update is *spent*, before the device's shares do. So a device that restarts has left its cohort, no
-mask is made twice, and no update becomes part of two sums.
+leaves, and that the update is *spent*, before the device's shares do. So a process that starts anew has left the cohort
+of the one before it: it asks what became of that, and takes part at most in a later attempt. No mask is made twice, and
+no update becomes part of two sums.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ Result = TypeVar("Result")
 _HOLD_MS = 60_000
 _MOST_ATTEMPTS = 100  # of one round; higher numbers are nonsense
 _MOST_ROUNDS = 1 << 63  # what the database can hold
+_GONE = "this device has been in this cohort, or a later one, and those secrets are gone"
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,15 @@ async def take_part(context: Context, work: Work, assignment: device_pb2.Assignm
     """Runs the protocol with the sealed lanes of ``work.update``, in as many attempts as the coordinator needs.
 
     Raises :class:`AbandonedError` when the round comes to no sum, :class:`UntrustedError` when the coordinator breaks
-    the protocol, :class:`UnfitError` without a certificate or in a process that is not the one that joined, and
+    the protocol, :class:`UnfitError` without a certificate or while an attempt runs that a former process joined, and
     :class:`RefusedError` and :class:`LeaseExpiredError` as any other work. The network may fail for as long as the
     lease holds.
     """
     taking_part = _TakingPart(context, work, assignment)
-    attempt = 1
-    while True:
-        response = await taking_part.attempt(attempt)
-        outcome = response.end.outcome
-        if outcome == secagg_pb2.SECURE_OUTCOME_DONE:
-            return TookPart(response.retry, taking_part.sent)
-        if outcome != secagg_pb2.SECURE_OUTCOME_AGAIN:
+    attempt = taking_part.joined()
+    response = await taking_part.ask(attempt) if attempt else await taking_part.attempt(attempt := 1)
+    while response.end.outcome != secagg_pb2.SECURE_OUTCOME_DONE:
+        if response.end.outcome != secagg_pb2.SECURE_OUTCOME_AGAIN:
             told = printable(response.end.message)
             raise AbandonedError("the round came to no sum", response.retry, got=told or None)
         if not attempt < response.attempt <= _MOST_ATTEMPTS:
@@ -74,6 +73,8 @@ async def take_part(context: Context, work: Work, assignment: device_pb2.Assignm
                 "the coordinator goes on with an impossible attempt", expected=f"above {attempt}", got=response.attempt
             )
         attempt = response.attempt
+        response = await taking_part.attempt(attempt)
+    return TookPart(response.retry, taking_part.sent)
 
 
 class _TakingPart:
@@ -85,6 +86,26 @@ class _TakingPart:
         self._assignment = assignment
         self._bundle = task_pb2.TaskBundle.FromString(assignment.bundle.payload)  # verified before it was computed
         self.sent = 0
+
+    def joined(self) -> int:
+        """The last attempt of this round that an earlier process, or an earlier lease, took part in; 0 if none did."""
+        known = self._known()
+        return known.attempt if known and known.round == self._assignment.round else 0
+
+    async def ask(self, attempt: int) -> secagg_pb2.SecureResponse:
+        """How that attempt ended. While it goes on, this device has dropped out of it."""
+        request = secagg_pb2.SecureRequest(
+            lease=self._assignment.lease, attempt=attempt, masked=secagg_pb2.SecureWait(), wait_ms=0
+        )
+        try:
+            response = await self._patiently(lambda: self._context.calls.secure(request))
+        except RefusedError as error:
+            if error.reason != common_pb2.REFUSAL_REASON_TOO_LATE:
+                raise
+            raise UnfitError(_GONE) from error  # its vector never arrived
+        if not response.HasField("end"):
+            raise UnfitError(_GONE)
+        return response
 
     async def attempt(self, attempt: int) -> secagg_pb2.SecureResponse:
         """The five steps; ends early with whatever end the coordinator tells."""
@@ -132,12 +153,15 @@ class _TakingPart:
         round = self._assignment.round
         if round >= _MOST_ROUNDS:
             raise UntrustedError("the round's number is out of range", got=round)
-        known = self._context.state.cohort(self._assignment.task_id, self._assignment.work)
+        known = self._known()
         if known is not None and (round, attempt) <= (known.round, known.attempt):
-            raise UnfitError("this device has been in this cohort, or a later one, and those secrets are gone")
+            raise UnfitError(_GONE)
         if known is not None and known.spent and known.round == round:
             raise UntrustedError("the coordinator asks for a second sum with the same update")
         self._remember(attempt, spent=False)
+
+    def _known(self) -> Cohort | None:
+        return self._context.state.cohort(self._assignment.task_id, self._assignment.work)
 
     def _remember(self, attempt: int, *, spent: bool) -> None:
         cohort = Cohort(self._assignment.round, attempt, spent)
