@@ -31,6 +31,7 @@ from evensong.secagg.transcript import (
     KEY_BYTES,
     NONCE_BYTES,
     SIGNATURE_BYTES,
+    WORD_BYTES,
     advertise_bytes,
     masked_bytes,
     survivors_bytes,
@@ -252,7 +253,8 @@ class DeviceMachine:
                 raise ProtocolError("the vector is not masked yet")
             roster = self._roster()
             this = roster.members[self._place]
-            signed = masked_bytes(roster.context, roster.hash, this.id, vector_sha256)
+            sharers = bitmap.encode(self._sharers, self.members)
+            signed = masked_bytes(roster.context, roster.hash, this.id, sharers, vector_sha256)
             signature = self._primitives.sign(self._identity, signed)
             complaints = [place for place, pair in self._secrets.held.items() if pair is None]
         return secagg_pb2.SecureMasked(signature=signature, complaints=complaints, attempt=self.session.attempt)
@@ -267,6 +269,7 @@ class DeviceMachine:
             roster = self._roster()
             self._survivors = bitmap.decode(message.survivors, self.members, "the survivors")
             self._check_survivors(roster.parameters)
+            self._check_neighbours(message.neighbours)
             signed = survivors_bytes(roster.context, roster.hash, message.survivors)
             self._commit = secagg_pb2.SecureCommit(signature=self._primitives.sign(self._identity, signed))
         return self._commit
@@ -282,6 +285,23 @@ class DeviceMachine:
         around = len(self._present(survivors))
         if around < parameters.threshold:
             raise ProtocolError("too few neighbours survived", expected=f"at least {parameters.threshold}", got=around)
+
+    def _check_neighbours(self, words: bytes) -> None:
+        """Each neighbour that survived masked towards the same sharers as this device: only then do the masks between
+        survivors hide it, and may its seed be opened."""
+        roster, around = self._roster(), self._present(self._survivors)
+        if len(words) != WORD_BYTES * len(around):
+            raise ProtocolError(
+                "the neighbours' words have a wrong length",
+                expected=f"{WORD_BYTES} bytes of each of {len(around)} neighbours",
+                got=len(words),
+            )
+        sharers = bitmap.encode(self._sharers, self.members)
+        for turn, neighbour in enumerate(around):
+            other, word = roster.members[neighbour], words[WORD_BYTES * turn : WORD_BYTES * (turn + 1)]
+            vector_sha256, signature = word[:-SIGNATURE_BYTES], word[-SIGNATURE_BYTES:]
+            signed = masked_bytes(roster.context, roster.hash, other.id, sharers, vector_sha256)
+            self._primitives.verify(other.public_key, signature, signed, f"the word of {other.device_id} on its vector")
 
     def _repeat(self, message: secagg_pb2.SecureSurvivors) -> secagg_pb2.SecureCommit:
         with self._guarded():

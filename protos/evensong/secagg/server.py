@@ -222,7 +222,8 @@ class ServerMachine:
         if accused != sorted(set(accused) & set(around)):
             raise ProtocolError("complaints are not in order, or not about neighbours that shared")
         member = roster.members[place]
-        signed = masked_bytes(roster.context, roster.hash, member.id, vector_sha256)
+        sharers = self._bitmap(ServerStage.SHARES)
+        signed = masked_bytes(roster.context, roster.hash, member.id, sharers, vector_sha256)
         self._primitives.verify(member.public_key, message.signature, signed, "the signature of the vector")
         for other in accused:
             accusers = self._accusers.setdefault(other, set())
@@ -375,8 +376,10 @@ class ServerMachine:
             return None
         if stage is ServerStage.SHARES:
             return self._delivery(self._roster().places[device_id])
+        if stage is ServerStage.MASKED:
+            return self._survivors(self._roster().places[device_id])
         if stage not in self._answers:
-            self._answers[stage] = self._survivors() if stage is ServerStage.MASKED else self._quorum()
+            self._answers[stage] = self._quorum()
         return self._answers[stage]
 
     def _delivery(self, place: int) -> secagg_pb2.SecureDelivery:
@@ -386,8 +389,14 @@ class ServerMachine:
             parts.append(self._ciphertexts[source][CIPHERTEXT_BYTES * turn : CIPHERTEXT_BYTES * (turn + 1)])
         return secagg_pb2.SecureDelivery(sharers=self._bitmap(ServerStage.SHARES), ciphertexts=b"".join(parts))
 
-    def _survivors(self) -> secagg_pb2.SecureSurvivors:
-        return secagg_pb2.SecureSurvivors(survivors=self._bitmap(ServerStage.MASKED))
+    def _survivors(self, place: int) -> secagg_pb2.SecureSurvivors:
+        words, survivors = [], self._sets[ServerStage.MASKED]
+        for neighbour in self._around(place):
+            if survivors >> neighbour & 1:
+                message, vector_sha256 = self._received[ServerStage.MASKED][self._id(neighbour)]
+                assert isinstance(message, secagg_pb2.SecureMasked) and vector_sha256 is not None
+                words += [vector_sha256, message.signature]
+        return secagg_pb2.SecureSurvivors(survivors=self._bitmap(ServerStage.MASKED), neighbours=b"".join(words))
 
     def _quorum(self) -> secagg_pb2.SecureQuorum:
         commits = [self._received[ServerStage.COMMIT][device_id][0] for device_id in self.signers]

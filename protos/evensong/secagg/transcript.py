@@ -11,6 +11,7 @@ ID_BYTES = 16
 KEY_BYTES = 32
 NONCE_BYTES = 16
 SIGNATURE_BYTES = 64
+WORD_BYTES = 32 + SIGNATURE_BYTES  #: of a survivor to its neighbours: its masked vector's hash, and its signature
 
 
 def label(name: str) -> bytes:
@@ -34,9 +35,9 @@ def roster_bytes(context: bytes, roster_hash: bytes) -> bytes:
     return _ROSTER_SIGNATURE + context + roster_hash
 
 
-def masked_bytes(context: bytes, roster_hash: bytes, identifier: bytes, vector_sha256: bytes) -> bytes:
-    """A device signs: this is my masked vector."""
-    return _MASKED + context + roster_hash + identifier + vector_sha256
+def masked_bytes(context: bytes, roster_hash: bytes, identifier: bytes, sharers: bytes, vector_sha256: bytes) -> bytes:
+    """A device signs: this is my masked vector, and it hides towards all of these. ``sharers`` is the bitmap."""
+    return _MASKED + context + roster_hash + identifier + sha256(sharers) + vector_sha256
 
 
 def survivors_bytes(context: bytes, roster_hash: bytes, survivors: bytes) -> bytes:

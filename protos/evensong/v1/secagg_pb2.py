@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from evensong.v1 import common_pb2 as evensong_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65vensong/v1/secagg.proto\x12\x0b\x65vensong.v1\x1a\x18\x65vensong/v1/common.proto\"\xc1\x02\n\rSecureRequest\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.evensong.v1.Lease\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x31\n\tadvertise\x18\x03 \x01(\x0b\x32\x1c.evensong.v1.SecureAdvertiseH\x00\x12+\n\x06shares\x18\x04 \x01(\x0b\x32\x19.evensong.v1.SecureSharesH\x00\x12)\n\x06masked\x18\x05 \x01(\x0b\x32\x17.evensong.v1.SecureWaitH\x00\x12+\n\x06\x63ommit\x18\x06 \x01(\x0b\x32\x19.evensong.v1.SecureCommitH\x00\x12+\n\x06unmask\x18\x07 \x01(\x0b\x32\x19.evensong.v1.SecureUnmaskH\x00\x12\x0f\n\x07wait_ms\x18\x08 \x01(\x04\x42\x06\n\x04step\"\xde\x02\n\x0eSecureResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12+\n\x06roster\x18\x04 \x01(\x0b\x32\x19.evensong.v1.SecureRosterH\x00\x12/\n\x08\x64\x65livery\x18\x05 \x01(\x0b\x32\x1b.evensong.v1.SecureDeliveryH\x00\x12\x31\n\tsurvivors\x18\x06 \x01(\x0b\x32\x1c.evensong.v1.SecureSurvivorsH\x00\x12+\n\x06quorum\x18\x07 \x01(\x0b\x32\x19.evensong.v1.SecureQuorumH\x00\x12%\n\x03\x65nd\x18\x08 \x01(\x0b\x32\x16.evensong.v1.SecureEndH\x00\x42\x06\n\x04next\"\x83\x01\n\x0fSecureAdvertise\x12\x13\n\x0b\x63hannel_key\x18\x01 \x01(\x0c\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x06 \x01(\x0c\"P\n\x0cSecureRoster\x12-\n\x07members\x18\x01 \x03(\x0b\x32\x1c.evensong.v1.SecureAdvertise\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"<\n\x0cSecureShares\x12\x13\n\x0b\x63iphertexts\x18\x01 \x01(\x0c\x12\x17\n\x0fseed_commitment\x18\x02 \x01(\x0c\"6\n\x0eSecureDelivery\x12\x0f\n\x07sharers\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63iphertexts\x18\x02 \x01(\x0c\"\x0c\n\nSecureWait\"F\n\x0cSecureMasked\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x12\n\ncomplaints\x18\x02 \x03(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"$\n\x0fSecureSurvivors\x12\x11\n\tsurvivors\x18\x01 \x01(\x0c\"!\n\x0cSecureCommit\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"F\n\x0cSecureQuorum\x12\x11\n\tsurvivors\x18\x01 \x01(\x0c\x12\x0f\n\x07signers\x18\x02 \x01(\x0c\x12\x12\n\nsignatures\x18\x03 \x01(\x0c\"\x1e\n\x0cSecureUnmask\x12\x0e\n\x06shares\x18\x01 \x01(\x0c\"I\n\tSecureEnd\x12+\n\x07outcome\x18\x01 \x01(\x0e\x32\x1a.evensong.v1.SecureOutcome\x12\x0f\n\x07message\x18\x02 \x01(\t*~\n\rSecureOutcome\x12\x1e\n\x1aSECURE_OUTCOME_UNSPECIFIED\x10\x00\x12\x17\n\x13SECURE_OUTCOME_DONE\x10\x01\x12\x18\n\x14SECURE_OUTCOME_AGAIN\x10\x02\x12\x1a\n\x16SECURE_OUTCOME_ABORTED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65vensong/v1/secagg.proto\x12\x0b\x65vensong.v1\x1a\x18\x65vensong/v1/common.proto\"\xc1\x02\n\rSecureRequest\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.evensong.v1.Lease\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x31\n\tadvertise\x18\x03 \x01(\x0b\x32\x1c.evensong.v1.SecureAdvertiseH\x00\x12+\n\x06shares\x18\x04 \x01(\x0b\x32\x19.evensong.v1.SecureSharesH\x00\x12)\n\x06masked\x18\x05 \x01(\x0b\x32\x17.evensong.v1.SecureWaitH\x00\x12+\n\x06\x63ommit\x18\x06 \x01(\x0b\x32\x19.evensong.v1.SecureCommitH\x00\x12+\n\x06unmask\x18\x07 \x01(\x0b\x32\x19.evensong.v1.SecureUnmaskH\x00\x12\x0f\n\x07wait_ms\x18\x08 \x01(\x04\x42\x06\n\x04step\"\xde\x02\n\x0eSecureResponse\x12%\n\x07refusal\x18\x01 \x01(\x0b\x32\x14.evensong.v1.Refusal\x12\'\n\x05retry\x18\x02 \x01(\x0b\x32\x18.evensong.v1.RetryWindow\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12+\n\x06roster\x18\x04 \x01(\x0b\x32\x19.evensong.v1.SecureRosterH\x00\x12/\n\x08\x64\x65livery\x18\x05 \x01(\x0b\x32\x1b.evensong.v1.SecureDeliveryH\x00\x12\x31\n\tsurvivors\x18\x06 \x01(\x0b\x32\x1c.evensong.v1.SecureSurvivorsH\x00\x12+\n\x06quorum\x18\x07 \x01(\x0b\x32\x19.evensong.v1.SecureQuorumH\x00\x12%\n\x03\x65nd\x18\x08 \x01(\x0b\x32\x16.evensong.v1.SecureEndH\x00\x42\x06\n\x04next\"\x83\x01\n\x0fSecureAdvertise\x12\x13\n\x0b\x63hannel_key\x18\x01 \x01(\x0c\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x06 \x01(\x0c\"P\n\x0cSecureRoster\x12-\n\x07members\x18\x01 \x03(\x0b\x32\x1c.evensong.v1.SecureAdvertise\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"<\n\x0cSecureShares\x12\x13\n\x0b\x63iphertexts\x18\x01 \x01(\x0c\x12\x17\n\x0fseed_commitment\x18\x02 \x01(\x0c\"6\n\x0eSecureDelivery\x12\x0f\n\x07sharers\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63iphertexts\x18\x02 \x01(\x0c\"\x0c\n\nSecureWait\"F\n\x0cSecureMasked\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x12\n\ncomplaints\x18\x02 \x03(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"8\n\x0fSecureSurvivors\x12\x11\n\tsurvivors\x18\x01 \x01(\x0c\x12\x12\n\nneighbours\x18\x02 \x01(\x0c\"!\n\x0cSecureCommit\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"F\n\x0cSecureQuorum\x12\x11\n\tsurvivors\x18\x01 \x01(\x0c\x12\x0f\n\x07signers\x18\x02 \x01(\x0c\x12\x12\n\nsignatures\x18\x03 \x01(\x0c\"\x1e\n\x0cSecureUnmask\x12\x0e\n\x06shares\x18\x01 \x01(\x0c\"I\n\tSecureEnd\x12+\n\x07outcome\x18\x01 \x01(\x0e\x32\x1a.evensong.v1.SecureOutcome\x12\x0f\n\x07message\x18\x02 \x01(\t*~\n\rSecureOutcome\x12\x1e\n\x1aSECURE_OUTCOME_UNSPECIFIED\x10\x00\x12\x17\n\x13SECURE_OUTCOME_DONE\x10\x01\x12\x18\n\x14SECURE_OUTCOME_AGAIN\x10\x02\x12\x1a\n\x16SECURE_OUTCOME_ABORTED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'evensong.v1.secagg_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SECUREOUTCOME']._serialized_start=1416
-  _globals['_SECUREOUTCOME']._serialized_end=1542
+  _globals['_SECUREOUTCOME']._serialized_start=1436
+  _globals['_SECUREOUTCOME']._serialized_end=1562
   _globals['_SECUREREQUEST']._serialized_start=68
   _globals['_SECUREREQUEST']._serialized_end=389
   _globals['_SECURERESPONSE']._serialized_start=392
@@ -51,13 +51,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SECUREMASKED']._serialized_start=1092
   _globals['_SECUREMASKED']._serialized_end=1162
   _globals['_SECURESURVIVORS']._serialized_start=1164
-  _globals['_SECURESURVIVORS']._serialized_end=1200
-  _globals['_SECURECOMMIT']._serialized_start=1202
-  _globals['_SECURECOMMIT']._serialized_end=1235
-  _globals['_SECUREQUORUM']._serialized_start=1237
-  _globals['_SECUREQUORUM']._serialized_end=1307
-  _globals['_SECUREUNMASK']._serialized_start=1309
-  _globals['_SECUREUNMASK']._serialized_end=1339
-  _globals['_SECUREEND']._serialized_start=1341
-  _globals['_SECUREEND']._serialized_end=1414
+  _globals['_SECURESURVIVORS']._serialized_end=1220
+  _globals['_SECURECOMMIT']._serialized_start=1222
+  _globals['_SECURECOMMIT']._serialized_end=1255
+  _globals['_SECUREQUORUM']._serialized_start=1257
+  _globals['_SECUREQUORUM']._serialized_end=1327
+  _globals['_SECUREUNMASK']._serialized_start=1329
+  _globals['_SECUREUNMASK']._serialized_end=1359
+  _globals['_SECUREEND']._serialized_start=1361
+  _globals['_SECUREEND']._serialized_end=1434
 # @@protoc_insertion_point(module_scope)

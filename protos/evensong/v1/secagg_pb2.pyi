@@ -114,10 +114,12 @@ class SecureMasked(_message.Message):
     def __init__(self, signature: _Optional[bytes] = ..., complaints: _Optional[_Iterable[int]] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class SecureSurvivors(_message.Message):
-    __slots__ = ("survivors",)
+    __slots__ = ("survivors", "neighbours")
     SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     survivors: bytes
-    def __init__(self, survivors: _Optional[bytes] = ...) -> None: ...
+    neighbours: bytes
+    def __init__(self, survivors: _Optional[bytes] = ..., neighbours: _Optional[bytes] = ...) -> None: ...
 
 class SecureCommit(_message.Message):
     __slots__ = ("signature",)
