@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from lying_coordinator import ABORTED, AGAIN, Secrets, SecureCoordinator, end, s
 from scripted import FakeClock, device_for
 
 from evensong.client import Aborted, Dropped, Idle, Limits, Trained
-from evensong.secagg import bitmap
+from evensong.secagg import DeviceMachine, DeviceState, bitmap
 from evensong.secagg.primitives import Primitives
 from evensong.secagg.roster import make_roster, read_member, sign_roster
 from evensong.v1 import device_pb2, secagg_pb2, task_pb2
@@ -208,16 +209,40 @@ def test_a_lie_ends_untrusted_and_reveals_nothing(
     caplog.set_level(logging.DEBUG)
     coordinator, secrets = give(), Secrets(monkeypatch)
     coordinator.lie = lambda at, response: lie(coordinator, response) if at == step else None
+    machines = seen_machines(monkeypatch)
     with device_for(coordinator, tmp_path, primitives=secrets.primitives) as device:
         secrets.watch(device)
         outcome = device.step()
         assert isinstance(outcome, Aborted) and outcome.reason == "UNTRUSTED", outcome
         assert device._state.work() is None
+    assert [vars(machine._secrets) for machine in machines] == [vars(type(machines[0]._secrets)())]  # all forgotten
     [(reason, message)] = coordinator.aborts
     assert reason == device_pb2.ABORT_REASON_UNTRUSTED
     assert ("unmask" in steps(coordinator)) == (step == "unmask") and steps(coordinator)[-1] == step
     secrets.assert_absent("what was told", (caplog.text + message + repr(outcome)).encode())
     assert len(secrets.all) >= 3
+
+
+def seen_machines(monkeypatch: pytest.MonkeyPatch) -> list[DeviceMachine]:
+    """Grows with each machine that the device makes."""
+    machines: list[DeviceMachine] = []
+
+    def make(*arguments: Any, **options: Any) -> DeviceMachine:
+        machines.append(DeviceMachine(*arguments, **options))
+        return machines[-1]
+
+    monkeypatch.setattr("evensong.client.secure.DeviceMachine", make)
+    return machines
+
+
+@pytest.mark.parametrize("step", ["advertise", "shares", "masked", "commit"])
+def test_however_an_attempt_ends_its_secrets_are_forgotten(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = seen_machines(monkeypatch)
+    with device_for(give(ends=[(step, end(AGAIN, 2)), (step, end(ABORTED, 2))])) as device:
+        assert isinstance(device.step(), Dropped)
+    empty = vars(type(machines[0]._secrets)())
+    assert [vars(machine._secrets) for machine in machines] == [empty, empty]
+    assert {machine.state for machine in machines} == {DeviceState.ABORTED}
 
 
 # ----------------------------------------------------------------------------------------------------------------- ends
