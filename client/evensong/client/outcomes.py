@@ -53,7 +53,8 @@ class Evaluated(Outcome):
 
 @dataclass(frozen=True)
 class Dropped(Outcome):
-    """The work was in vain: refused (``TOO_LATE``, ``NOT_NEEDED``, ...) or its lease ran out (``LEASE_EXPIRED``)."""
+    """The work was in vain: refused (``TOO_LATE``, ``NOT_NEEDED``, ...), its lease ran out (``LEASE_EXPIRED``), or the
+    cohort came to no secure sum (``NO_SUM``)."""
 
     task_id: str
     reason: str

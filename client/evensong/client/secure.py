@@ -138,8 +138,9 @@ class _TakingPart:
         if response.HasField("end"):
             return response
         survivors = _expected(response, "survivors").survivors
+        commit = await context.run_blocking(lambda: machine.on_survivors(survivors))
         self._tell(attempt, "commit", machine)
-        response = await self._send(attempt, commit=machine.on_survivors(survivors))
+        response = await self._send(attempt, commit=commit)
         if response.HasField("end"):
             return response
         quorum = _expected(response, "quorum").quorum
