@@ -19,7 +19,10 @@ from evensong.client import Aborted, Dropped, Idle, Limits, Trained
 from evensong.secagg import DeviceMachine, DeviceState, bitmap
 from evensong.secagg.primitives import Primitives
 from evensong.secagg.roster import make_roster, read_member, sign_roster
+from evensong.secagg.transcript import masked_bytes
 from evensong.v1 import device_pb2, secagg_pb2, task_pb2
+from evensong.wire.chunks import sha256
+from evensong.wire.signing import public_key_of
 
 pytestmark = pytest.mark.secagg
 
@@ -151,6 +154,32 @@ def two_survivors(coordinator: SecureCoordinator, response: secagg_pb2.SecureRes
     response.survivors.survivors = bitmap.encode(both, MEMBERS)
 
 
+def words_of_another_cohort(coordinator: SecureCoordinator, response: secagg_pb2.SecureResponse) -> None:
+    """The neighbours masked towards one sharer less than the device did: what they sign then."""
+    [attempt] = coordinator.attempts.values()
+    roster, bits = attempt.server._roster(), response.survivors.survivors
+    last = [place for place in range(MEMBERS) if roster.members[place].device_id not in coordinator.devices][-1]
+    fewer = bitmap.encode(bitmap.decode(bits, MEMBERS, "bits") & ~(1 << last), MEMBERS)
+    identities = {sha256(public_key_of(key))[:16]: key for key in coordinator.identities}
+    peers = [member.id for member in roster.members if member.id in identities]
+    told = response.survivors.neighbours
+    words = []
+    for turn, peer in enumerate(peers):
+        vector_sha256 = told[96 * turn : 96 * turn + 32]
+        signed = masked_bytes(roster.context, roster.hash, peer, fewer, vector_sha256)
+        words.append(vector_sha256 + identities[peer].sign(signed))
+    response.survivors.neighbours = b"".join(words)
+    assert len(response.survivors.neighbours) == len(told)
+
+
+def a_word_is_missing(coordinator: SecureCoordinator, response: secagg_pb2.SecureResponse) -> None:
+    response.survivors.neighbours = response.survivors.neighbours[:-96]
+
+
+def a_forged_word(coordinator: SecureCoordinator, response: secagg_pb2.SecureResponse) -> None:
+    response.survivors.neighbours = bytes(32) + response.survivors.neighbours[32:]
+
+
 def bits_beyond_the_roster(coordinator: SecureCoordinator, response: secagg_pb2.SecureResponse) -> None:
     response.survivors.survivors = b"\xff"
 
@@ -195,6 +224,9 @@ def an_unknown_end(coordinator: SecureCoordinator, response: secagg_pb2.SecureRe
         ("masked", device_did_not_survive),
         ("masked", two_survivors),
         ("masked", bits_beyond_the_roster),
+        ("masked", words_of_another_cohort),
+        ("masked", a_word_is_missing),
+        ("masked", a_forged_word),
         ("masked", another_steps_answer),
         ("commit", a_second_survivor_set),
         ("commit", forged_signatures),
