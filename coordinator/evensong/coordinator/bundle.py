@@ -175,7 +175,7 @@ def _numbers(bundle: task_pb2.TaskBundle) -> Iterator[tuple[str, float, Bounds]]
     if bundle.HasField("secure"):
         yield "secure.corrupted_share", bundle.secure.corrupted_share, Bounds(0, 0.5, most_open=True)
         yield "secure.dropout_share", bundle.secure.dropout_share, Bounds(0, 0.5, most_open=True)
-        yield "secure.max_cohort", bundle.secure.max_cohort, Bounds(3, 100_000)
+        yield "secure.max_cohort", bundle.secure.max_cohort, Bounds(1, 100_000)
         yield "secure.stage_ms", bundle.secure.stage_ms, Bounds(1, _DAY_MS)
         yield "update.bits", update.bits, Bounds(2, 16)
     yield "round.goal_reports", policy.goal_reports, _COUNT

@@ -20,7 +20,7 @@ from evensong.coordinator.commit import abandon_round
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
 from evensong.coordinator.errors import RefusalError
-from evensong.coordinator.plan import SECURE_ATTEMPTS, Plan, parse_plan
+from evensong.coordinator.plan import SECURE_ATTEMPTS, SECURE_STAGES, Plan, parse_plan
 from evensong.coordinator.rounds import OPEN, LeaseState, Trigger
 from evensong.coordinator.secure_machines import Machines, newest_attempt
 from evensong.secagg.errors import ProtocolError
@@ -300,7 +300,7 @@ class SecureRounds:
             .values(stage=after, deadline_ms=deadline)
         )
         if after == ServerStage.ABORTED:
-            self._give_up(tx, round, plan, machine, attempt, before)
+            self._give_up(tx, round, plan, machine, attempt, before, arrived)
         elif after == ServerStage.DONE:
             self._finish(tx, round, attempt)
         elif before != ServerStage.COMMIT:  # who did not sign may still help to unmask
@@ -387,6 +387,7 @@ class SecureRounds:
         machine: ServerMachine,
         attempt: int,
         stage: ServerStage,
+        arrived: Collection[str],
     ) -> None:
         """No sum from this attempt. Nothing was revealed, so the same updates may be masked anew: under new keys,
         without the devices that were blamed."""
@@ -405,6 +406,7 @@ class SecureRounds:
             why = f"no secure sum in {attempt} attempt(s): {machine.reason}"
             abandon_round(context, tx, round, Trigger.NO_SUM, why)
             return
+        self._leave_out(tx, round.round_id, stage, arrived)  # whoever kept the others waiting keeps no place
         excluded = set(newest_attempt(tx, round.round_id).excluded.split()) | machine.blamed
         tx.execute(
             insert(tables.secure_attempts).values(
@@ -429,14 +431,15 @@ class SecureRounds:
         tx.after_commit(lambda: self._context.spool.discard(gone))
 
     def _hurry(self, tx: Transaction, standing: Standing, machine: ServerMachine) -> None:
-        """Once there are as many as wanted (or any, to evaluate), late devices are waited for no longer than a
-        stage."""
+        """Once there are as many as wanted, late devices are waited for no longer than a stage. An evaluation, which
+        keeps devices from training, is content with any that can be a cohort, and waits for those a few stages."""
+        now, stage_ms, deadline = self._context.now(), standing.plan.stage_ms, standing.attempt.deadline_ms
         training = standing.round.work == device_pb2.WORK_TRAIN
-        if training and len(machine.arrived) < standing.round.goal:
+        enough = len(machine.arrived) >= standing.round.goal if training else machine.can_close()
+        if training and not enough:
             return
-        soon = self._context.now() + standing.plan.stage_ms
-        deadline = standing.attempt.deadline_ms
-        if deadline is not None and (deadline <= soon or not training):
+        soon = now + (stage_ms if enough else SECURE_STAGES * stage_ms)
+        if deadline is not None and deadline <= soon:
             return
         tx.execute(
             update(tables.secure_attempts)
