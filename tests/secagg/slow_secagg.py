@@ -1,8 +1,8 @@
-"""Secure aggregation a second time, slowly, as docs/secagg.md and secagg.proto tell it: what the golden vectors are checked with.
+"""Secure aggregation a second time, slowly, as docs/secagg.md and secagg.proto tell it, to check the golden vectors.
 
-Nothing of ``evensong`` is imported. Big numbers are ``int``, probabilities exact fractions, AES-CTR is done block by
-block and protobuf byte by byte; X25519, Ed25519, AES and AES-GCM come from ``cryptography``. Nothing here is constant-time
-or checks what it is given.
+Nothing of ``evensong`` is imported. Numbers are ``int``, probabilities are counted exactly, AES-CTR goes block by block
+and protobuf byte by byte; X25519, Ed25519, AES and AES-GCM come from ``cryptography``. It plays honest devices and an
+honest coordinator, and checks no more than that signatures hold and secrets are those committed to.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -110,9 +111,7 @@ class Member:
         return id_of(self.public_key)
 
     def encode(self) -> bytes:
-        return (
-            self.public_key + self.channel_key + self.mask_key + self.nonce + self.signature + self.certificate
-        )
+        return self.public_key + self.channel_key + self.mask_key + self.nonce + self.signature + self.certificate
 
     def message(self) -> bytes:
         """SecureAdvertise."""
@@ -134,8 +133,8 @@ def roster_signed(context: bytes, roster: bytes) -> bytes:
     return label("roster-signature") + context + roster
 
 
-def masked_signed(context: bytes, roster: bytes, identifier: bytes, vector: bytes) -> bytes:
-    return label("masked") + context + roster + identifier + sha256(vector)
+def masked_signed(context: bytes, roster: bytes, identifier: bytes, sharers: bytes, vector_hash: bytes) -> bytes:
+    return label("masked") + context + roster + identifier + sha256(sharers) + vector_hash
 
 
 def survivors_signed(context: bytes, roster: bytes, survivors: bytes) -> bytes:
@@ -165,7 +164,7 @@ def neighbours(order: Sequence[int], degree: int, place: int) -> list[int]:
     return sorted(around)
 
 
-# --------------------------------------------------------------------------------------------- degree, threshold, quorum
+# ------------------------------------------------------------------------------------------- degree, threshold, quorum
 
 
 def parameters(
@@ -256,8 +255,11 @@ def seal(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
     return AESGCM(key).encrypt(bytes(12), plaintext, associated)
 
 
-def open_sealed(key: bytes, ciphertext: bytes, associated: bytes) -> bytes:
-    return AESGCM(key).decrypt(bytes(12), ciphertext, associated)
+def open_sealed(key: bytes, ciphertext: bytes, associated: bytes) -> bytes | None:
+    try:
+        return AESGCM(key).decrypt(bytes(12), ciphertext, associated)
+    except InvalidTag:
+        return None
 
 
 def mask(key: bytes, lanes: int) -> list[int]:
@@ -328,41 +330,39 @@ def play(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SlowRound:
-    """Devices in the order of their ids, so that a device's number is its place. ``dropped`` ones share and send no more."""
+    """Devices come in the order of their ids, so that a device's number is its place.
+
+    ``unshared`` ones only advertise, ``dropped`` ones share and send no more; of each pair in ``damaged`` (source,
+    destination) the last byte of the ciphertext is changed on its way.
+    """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given = given
         self.devices = given["devices"]
-        self.places = range(len(self.devices))
         self.context = context_of(given["session"])
         self.members = [self._member(device) for device in self.devices]
         self.roster = roster_hash(self.context, [member.encode() for member in self.members])
         self.binding = self.context + self.roster
-        policy = given["policy"]
-        found = parameters(
-            len(self.devices), policy["corrupted_share"], policy["dropout_share"], policy["semi_malicious"]
-        )
+        policy, count = given["policy"], len(self.members)
+        found = parameters(count, policy["corrupted_share"], policy["dropout_share"], policy["semi_malicious"])
         assert found is not None
         self.degree, self.threshold, self.quorum = found
         order = ring(self.roster, [member.id for member in self.members])
-        self.around = [neighbours(order, self.degree, place) for place in self.places]
-        self.survivors = [place for place in self.places if place not in given["dropped"]]
+        self.around = [neighbours(order, self.degree, place) for place in range(count)]
+        self.sharers = [place for place in range(count) if place not in given["unshared"]]
+        self.survivors = [place for place in self.sharers if place not in given["dropped"]]
 
     def play(self) -> dict[str, Any]:
-        shares = [self._shares(place) for place in self.places]
-        deliveries = [self._delivery(place, shares) for place in self.places]
-        held = [self._open(place, deliveries[place]) for place in self.places]
+        shares = {place: self._shares(place) for place in self.sharers}
+        deliveries = {place: self._delivery(place, shares) for place in self.sharers}
+        held = {place: self._open(place, deliveries[place]) for place in self.survivors}
         vectors = {place: self._masked_vector(place) for place in self.survivors}
-        survivors = bitmap(self.survivors, len(self.members))
-        commits = [self._sign(place, survivors_signed(self.context, self.roster, survivors)) for place in self.survivors]
-        for place, signature in zip(self.survivors, commits, strict=True):
-            verify(self.members[place].public_key, signature, survivors_signed(self.context, self.roster, survivors))
-        unmask = [
-            b"".join(held[place][other][0 if other in self.survivors else 1] for other in self.around[place])
-            for place in self.survivors
-        ]
+        words = {place: self._word(place, vectors[place]) for place in self.survivors}
+        commits = [self._sign(place, self._survivors_signed()) for place in self.survivors]
+        unmask = {place: self._unmask_shares(held[place]) for place in self.survivors}
         secrets = self._reconstruct(unmask)
         total = self._unmask(vectors, secrets)
+        survivors = self._bitmap(self.survivors)
         return {
             "context": self.context.hex(),
             "roster_hash": self.roster.hex(),
@@ -373,132 +373,163 @@ class SlowRound:
             "advertise": [member.message().hex() for member in self.members],
             "roster": self._roster_message().hex(),
             "shares": [
-                (field(1, ciphertexts) + field(2, self._commitment(place))).hex()
-                for place, ciphertexts in enumerate(shares)
+                (field(1, b"".join(parts.values())) + field(2, self._commitment(place))).hex()
+                for place, parts in shares.items()
             ],
             "deliveries": [
-                (field(1, bitmap(self.places, len(self.members))) + field(2, ciphertexts)).hex()
-                for ciphertexts in deliveries
+                (field(1, self._bitmap(self.sharers)) + field(2, b"".join(parts.values()))).hex()
+                for parts in deliveries.values()
             ],
             "vectors": [lanes_to_bytes(vector).hex() for vector in vectors.values()],
-            "masked": [self._masked_message(place, vector).hex() for place, vector in vectors.items()],
-            "survivors": field(1, survivors).hex(),
+            "masked": [self._masked_message(place, words[place], held[place]).hex() for place in self.survivors],
+            "survivors": [
+                (field(1, survivors) + field(2, self._neighbours_words(place, words))).hex() for place in self.survivors
+            ],
             "commits": [field(1, signature).hex() for signature in commits],
             "quorum_message": (field(1, survivors) + field(2, survivors) + field(3, b"".join(commits))).hex(),
-            "unmask": [field(1, data).hex() for data in unmask],
-            "reconstructed": [secret.hex() for secret in secrets],
+            "unmask": [field(1, b"".join(parts.values())).hex() for parts in unmask.values()],
+            "reconstructed": [secret.hex() for secret in secrets.values()],
             "sum": lanes_to_bytes(total).hex(),
             "sum_fields": unpack(total, self.given["width"]),
         }
 
+    # ---------------------------------------------------------------------------------------------------- 0, advertise
+
     def _member(self, device: Mapping[str, Any]) -> Member:
-        channel_key_, mask_key = (agreement_key_of(bytes.fromhex(device[name])) for name in ("channel", "mask"))
+        channel, mask_key = (agreement_key_of(bytes.fromhex(device[name])) for name in ("channel", "mask"))
         identity, nonce = bytes.fromhex(device["identity"]), bytes.fromhex(device["nonce"])
         public_key = identity_of(identity)
+        authority, serial = bytes.fromhex(self.given["authority"]), bytes.fromhex(device["serial"])
+        population, not_after = self.given["session"]["population"], self.given["not_after_unix_ms"]
         return Member(
             public_key,
-            channel_key_,
+            channel,
             mask_key,
             nonce,
-            sign(identity, advertise_signed(self.context, channel_key_, mask_key, nonce)),
-            certificate(
-                bytes.fromhex(self.given["authority"]),
-                public_key,
-                self.given["session"]["population"],
-                bytes.fromhex(device["serial"]),
-                self.given["not_after_unix_ms"],
-            ),
+            sign(identity, advertise_signed(self.context, channel, mask_key, nonce)),
+            certificate(authority, public_key, population, serial, not_after),
         )
 
     def _roster_message(self) -> bytes:
         signature = sign(bytes.fromhex(self.given["coordinator"]), roster_signed(self.context, self.roster))
         return b"".join(field(1, member.message()) for member in self.members) + field(2, signature)
 
-    def _shares(self, place: int) -> bytes:
-        """The ciphertexts for all neighbours."""
-        device, this, parts = self.devices[place], self.members[place], []
+    # ------------------------------------------------------------------------------------------------------- 1, shares
+
+    def _shares(self, place: int) -> dict[int, bytes]:
+        """The ciphertext for each neighbour."""
+        device, this, ciphertexts = self.devices[place], self.members[place], {}
         for other in self.around[place]:
             to = self.members[other]
             pair = b""
             for secret, coefficients in (("seed", "seed_coefficients"), ("mask", "mask_coefficients")):
                 numbers = [int.from_bytes(bytes.fromhex(number), "little") for number in device[coefficients]]
                 pair += share(bytes.fromhex(device[secret]), numbers, other + 1)
-            key = channel_key(self._agreed(place, to.channel_key), self.binding, this, to)
-            parts.append(seal(key, pair, share_associated(self.binding, this.id, to.id)))
-        return b"".join(parts)
+            key = channel_key(self._agreed(place, other), self.binding, this, to)
+            ciphertexts[other] = seal(key, pair, share_associated(self.binding, this.id, to.id))
+        return ciphertexts
 
     def _commitment(self, place: int) -> bytes:
         return seed_commitment(bytes.fromhex(self.devices[place]["seed"]), self.binding, self.members[place].id)
 
-    def _delivery(self, place: int, shares: Sequence[bytes]) -> bytes:
-        parts = []
-        for source in self.around[place]:
-            turn = self.around[source].index(place)
-            parts.append(shares[source][82 * turn : 82 * turn + 82])
-        return b"".join(parts)
+    def _delivery(self, place: int, shares: Mapping[int, Mapping[int, bytes]]) -> dict[int, bytes]:
+        """The ciphertext from each neighbour that shared."""
+        parts = {source: shares[source][place] for source in self.around[place] if source in shares}
+        for source, destination in self.given["damaged"]:
+            if destination == place:
+                parts[source] = parts[source][:-1] + bytes([parts[source][-1] ^ 1])
+        return parts
 
-    def _open(self, place: int, delivery: bytes) -> dict[int, tuple[bytes, bytes]]:
+    def _open(self, place: int, delivery: Mapping[int, bytes]) -> dict[int, tuple[bytes, bytes] | None]:
         """By owner: the shares of its seed and of its mask key."""
         this, held = self.members[place], {}
-        for turn, source in enumerate(self.around[place]):
+        for source, ciphertext in delivery.items():
             by = self.members[source]
-            key = channel_key(self._agreed(place, by.channel_key), self.binding, by, this)
-            ciphertext = delivery[82 * turn : 82 * turn + 82]
+            key = channel_key(self._agreed(place, source), self.binding, by, this)
             pair = open_sealed(key, ciphertext, share_associated(self.binding, by.id, this.id))
-            held[source] = pair[:33], pair[33:]
+            held[source] = None if pair is None else (pair[:33], pair[33:])
         return held
+
+    # ----------------------------------------------------------------------------------------------- 2, masked vector
 
     def _masked_vector(self, place: int) -> list[int]:
         device, this = self.devices[place], self.members[place]
         lanes = pack(device["fields"], self.given["width"])
         lanes = add(lanes, mask(self_mask_key(bytes.fromhex(device["seed"]), self.binding, this.id), len(lanes)))
         for other in self.around[place]:
-            key = self._mask_key(bytes.fromhex(device["mask"]), place, other)
-            lanes = add(lanes, mask(key, len(lanes)), 1 if self.members[other].id > this.id else -1)
+            if other in self.sharers:
+                key = self._mask_key(bytes.fromhex(device["mask"]), place, other)
+                lanes = add(lanes, mask(key, len(lanes)), 1 if self.members[other].id > this.id else -1)
         return lanes
 
-    def _masked_message(self, place: int, vector: Sequence[int]) -> bytes:
-        signed = masked_signed(self.context, self.roster, self.members[place].id, lanes_to_bytes(vector))
-        return field(1, self._sign(place, signed)) + field(3, self.given["session"]["attempt"])
+    def _word(self, place: int, vector: Sequence[int]) -> bytes:
+        """96 bytes: the vector's hash, and the signature."""
+        vector_hash, sharers = sha256(lanes_to_bytes(vector)), self._bitmap(self.sharers)
+        signed = masked_signed(self.context, self.roster, self.members[place].id, sharers, vector_hash)
+        return vector_hash + self._sign(place, signed)
 
-    def _reconstruct(self, unmask: Sequence[bytes]) -> list[bytes]:
-        """Of each member the seed if it survived, else the mask key."""
-        secrets = []
-        for owner in self.places:
-            shares = {}
-            for place, data in zip(self.survivors, unmask, strict=True):
-                if owner in self.around[place] and len(shares) < self.threshold:
-                    turn = self.around[place].index(owner)
-                    shares[place + 1] = data[33 * turn : 33 * turn + 33]
-            secret = reconstruct(shares)
+    def _masked_message(self, place: int, word: bytes, held: Mapping[int, tuple[bytes, bytes] | None]) -> bytes:
+        complaints = b"".join(varint(source) for source in self.around[place] if held.get(source, ()) is None)
+        return field(1, word[32:]) + field(2, complaints) + field(3, self.given["session"]["attempt"])
+
+    # ------------------------------------------------------------------------------------------- 3, commit; 4, unmask
+
+    def _neighbours_words(self, place: int, words: Mapping[int, bytes]) -> bytes:
+        return b"".join(words[other] for other in self.around[place] if other in words)
+
+    def _survivors_signed(self) -> bytes:
+        return survivors_signed(self.context, self.roster, self._bitmap(self.survivors))
+
+    def _unmask_shares(self, held: Mapping[int, tuple[bytes, bytes] | None]) -> dict[int, bytes]:
+        return {
+            owner: b"\xff" * 33 if pair is None else pair[0] if owner in self.survivors else pair[1]
+            for owner, pair in held.items()
+        }
+
+    # ----------------------------------------------------------------------------------------------------- coordinator
+
+    def _reconstruct(self, unmask: Mapping[int, Mapping[int, bytes]]) -> dict[int, bytes]:
+        """Of each sharer the seed if it survived, else the mask key."""
+        secrets = {}
+        for owner in self.sharers:
+            shares = {holder + 1: parts[owner] for holder, parts in unmask.items() if owner in parts}
+            usable = [(x, value) for x, value in shares.items() if value != b"\xff" * 33]
+            secret = reconstruct(dict(usable[-self.threshold :]))
             if owner in self.survivors:
                 assert seed_commitment(secret, self.binding, self.members[owner].id) == self._commitment(owner)
             else:
                 assert agreement_key_of(secret) == self.members[owner].mask_key
-            secrets.append(secret)
+            secrets[owner] = secret
         return secrets
 
-    def _unmask(self, vectors: Mapping[int, Sequence[int]], secrets: Sequence[bytes]) -> list[int]:
+    def _unmask(self, vectors: Mapping[int, Sequence[int]], secrets: Mapping[int, bytes]) -> list[int]:
         count = len(next(iter(vectors.values())))
         total = [0] * count
         for vector in vectors.values():
             total = add(total, vector)
-        for owner, secret in enumerate(secrets):
+        for owner, secret in secrets.items():
             this = self.members[owner]
             if owner in vectors:
                 total = add(total, mask(self_mask_key(secret, self.binding, this.id), count), -1)
                 continue
             for other in set(self.around[owner]) & set(vectors):
-                # What the survivor added, if it is the lower of the two, is taken away.
-                sign_ = -1 if this.id > self.members[other].id else 1
+                # What a survivor of lower id added is taken away, what one of higher id subtracted is added.
+                sign_ = -1 if self.members[other].id < this.id else 1
                 total = add(total, mask(self._mask_key(secret, owner, other), count), sign_)
         return total
 
-    def _sign(self, place: int, message: bytes) -> bytes:
-        return sign(bytes.fromhex(self.devices[place]["identity"]), message)
+    # --------------------------------------------------------------------------------------------------------- helpers
 
-    def _agreed(self, place: int, key: bytes) -> bytes:
-        return agree(bytes.fromhex(self.devices[place]["channel"]), key)
+    def _bitmap(self, places: Iterable[int]) -> bytes:
+        return bitmap(places, len(self.members))
+
+    def _sign(self, place: int, message: bytes) -> bytes:
+        signature = sign(bytes.fromhex(self.devices[place]["identity"]), message)
+        verify(self.members[place].public_key, signature, message)
+        return signature
+
+    def _agreed(self, place: int, other: int) -> bytes:
+        return agree(bytes.fromhex(self.devices[place]["channel"]), self.members[other].channel_key)
 
     def _mask_key(self, private: bytes, place: int, other: int) -> bytes:
         shared = agree(private, self.members[other].mask_key)
