@@ -111,7 +111,7 @@ def _fixed(name: str, size: int) -> bytes:
     return hashlib.shake_256(b"evensong golden vectors " + name.encode()).digest(size)
 
 
-def _devices(names: str, threshold: int) -> list[dict[str, Any]]:
+def _devices(names: Sequence[str], threshold: int) -> list[dict[str, Any]]:
     """In the order of their ids."""
     return sorted((_device(name, threshold) for name in names), key=lambda device: _id(device["identity"]))
 
@@ -171,7 +171,7 @@ def _machine(device: dict[str, Any], policy: dict[str, Any] = POLICY) -> DeviceM
         certificate=_issue(device),
         authority_public_key=public_key_of(_named_key(AUTHORITY)),
         coordinator_public_key=public_key_of(_named_key(COORDINATOR)),
-        draw=_draw_from(bytes.fromhex("".join(drawn)) + bytes(16 * 10)),
+        draw=_draw_from(bytes.fromhex("".join(drawn)) + bytes(16 * 100)),
     )
 
 
@@ -322,10 +322,8 @@ def _pair(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     plaintext = bytes.fromhex(of_seed + of_mask_key)
     return {
         "binding": binding.hex(),
-        "one": {"id": this.device_id, "channel": one["channel"], "mask": one["mask"]},
-        "other": {"id": that.device_id, "channel": other["channel"], "mask": other["mask"]},
-        "one_public": {"channel_key": this.channel_key.hex(), "mask_key": this.mask_key.hex()},
-        "other_public": {"channel_key": that.channel_key.hex(), "mask_key": that.mask_key.hex()},
+        "one": _end(one),
+        "other": _end(other),
         "channel_agreement": channel.hex(),
         "mask_agreement": pairwise.hex(),
         "channel_key_one_to_other": outward.hex(),
@@ -340,6 +338,12 @@ def _pair(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _end(device: dict[str, Any]) -> dict[str, Any]:
+    names = ("public_key", "id", "channel", "channel_key", "mask", "mask_key")
+    member = _member(device)
+    return {name: member[name] for name in names}
+
+
 def _self_mask(device: dict[str, Any]) -> dict[str, Any]:
     seed, identifier = bytes.fromhex(device["seed"]), bytes.fromhex(_id(device["identity"]))
     key = keys.self_mask_key(seed, _binding(), identifier)
@@ -350,15 +354,15 @@ def _self_mask(device: dict[str, Any]) -> dict[str, Any]:
         "commitment": keys.seed_commitment(seed, _binding(), identifier).hex(),
         "key": key.hex(),
         "lanes": _lanes(key, 7),
-        "lane_1000001": _lanes(key, 1_000_002)[-1],
+        "lane_1000001": _lanes(key, 1_000_002, 1_000_001)[0],
     }
 
 
-def _lanes(key: bytes, count: int) -> list[str]:
-    """Each as a number, in hex: most significant digit first."""
+def _lanes(key: bytes, count: int, first: int = 0) -> list[str]:
+    """Those from ``first`` to ``count``, each as a number in hex: most significant digit first."""
     lanes = np.zeros(count, np.uint64)
     apply_masks(lanes, [(key, 1)])
-    return [f"{lane:016x}" for lane in lanes]
+    return [f"{lane:016x}" for lane in lanes[first:]]
 
 
 def _shamir(threshold: int, holders: list[int]) -> dict[str, Any]:

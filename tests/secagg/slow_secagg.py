@@ -196,11 +196,12 @@ def _stays_connected(members: int, bad: int, degree: int) -> bool:
 
 
 def _sparse_threshold(members: int, corrupted: int, degree: int, semi_malicious: bool) -> int:
-    tolerated = 0
-    while _ways(members, corrupted, degree, range(tolerated + 1, degree + 1)) * members * 2**41 > math.comb(
-        members, degree
-    ):
-        tolerated += 1
+    tolerated, beyond = degree, 0
+    while True:
+        beyond += _ways(members, corrupted, degree, [tolerated])
+        if beyond * members * 2**41 > math.comb(members, degree):
+            break
+        tolerated -= 1
     if semi_malicious:
         tolerated = math.ceil((tolerated + degree - 1.25) / 2)
     return max(tolerated + 1, 2)
@@ -264,9 +265,13 @@ def open_sealed(key: bytes, ciphertext: bytes, associated: bytes) -> bytes | Non
 
 def mask(key: bytes, lanes: int) -> list[int]:
     """The first lanes of the keystream."""
-    block_cipher = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
-    stream = b"".join(block_cipher.update(counter.to_bytes(16, "big")) for counter in range(-(-lanes // 2)))
-    return [int.from_bytes(stream[8 * lane : 8 * lane + 8], "little") for lane in range(lanes)]
+    return [mask_lane(key, lane) for lane in range(lanes)]
+
+
+def mask_lane(key: bytes, lane: int) -> int:
+    """Half a block of AES-CTR, whose counter is the number of the block."""
+    block = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update((lane // 2).to_bytes(16, "big"))
+    return int.from_bytes(block[8:] if lane % 2 else block[:8], "little")
 
 
 def add(lanes: Sequence[int], other: Sequence[int], sign: int = 1) -> list[int]:
