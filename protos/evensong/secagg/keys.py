@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
+import hmac
 from dataclasses import dataclass
-
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from evensong.secagg.transcript import label
 from evensong.wire.chunks import sha256
@@ -58,4 +56,6 @@ def share_associated_data(binding: bytes, source_id: bytes, destination_id: byte
 
 
 def _derive(secret: bytes, binding: bytes, info: bytes) -> bytes:
-    return HKDF(SHA256(), SYMMETRIC_KEY_BYTES, binding, info).derive(secret)
+    """HKDF-SHA256 for one block of output: two calls of HMAC, a third of what a general object costs."""
+    extracted = hmac.digest(binding, secret, "sha256")
+    return hmac.digest(extracted, info + b"\x01", "sha256")[:SYMMETRIC_KEY_BYTES]

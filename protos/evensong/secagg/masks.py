@@ -1,7 +1,7 @@
 """Masks: keystreams that hide a vector, added and taken away.
 
 A mask is the AES-128-CTR keystream (SP 800-38A) under its key from counter 0, read as little-endian 64-bit lanes, and
-lanes are added modulo 2^64. A vector is worked on in pieces: a piece and the keystream's stay in the second-level cache
+lanes are added modulo 2^64. A vector is worked on in pieces: a piece and the keystream's stay in the cache
 while all streams pass over it. ``update_into`` and NumPy release the interpreter's lock, so threads share the lanes,
 and each starts its keystreams at its own counter.
 """
@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 Lanes = npt.NDArray[np.uint64]
 Mask = tuple[bytes, int]  #: key of 16 bytes, and +1 to add or -1 to take away
 
-PIECE_BYTES = 1 << 17
+PIECE_BYTES = 1 << 19
 _PIECE_LANES = PIECE_BYTES // 8
 _BLOCK_BYTES = 16
 _STREAMS = 256  # open at a time
