@@ -32,6 +32,7 @@ from evensong.secagg import (
 )
 from evensong.secagg.device import CIPHERTEXT_BYTES
 from evensong.secagg.masks import PIECE_BYTES, Mask
+from evensong.secagg.server import SENDING
 from evensong.secagg.transcript import SIGNATURE_BYTES, WORD_BYTES
 from evensong.v1 import secagg_pb2
 
@@ -304,6 +305,31 @@ def test_case_11_a_delivery_of_other_neighbours() -> None:
     gone = [cohort.ids.index(cohort.server.members[neighbour]) for neighbour in device._neighbours]
     delivery.sharers, delivery.ciphertexts = bits_without(cohort, delivery.sharers, *gone), b""
     assert_leaves(device, lambda: device.on_delivery(delivery), "too few neighbours shared")
+
+
+@pytest.mark.parametrize(
+    ("stage", "field"),
+    [
+        (ServerStage.SHARES, "sharers"),
+        (ServerStage.SHARES, "ciphertexts"),
+        (ServerStage.MASKED, "survivors"),
+        (ServerStage.MASKED, "neighbours"),
+        (ServerStage.COMMIT, "survivors"),
+        (ServerStage.COMMIT, "signers"),
+        (ServerStage.COMMIT, "signatures"),
+    ],
+)
+@pytest.mark.parametrize("change", [lambda value: value[:-1], lambda value: value + b"\0", lambda value: b""])
+def test_answers_of_wrong_length(stage: ServerStage, field: str, change: Callable[[bytes], bytes]) -> None:
+    cohort = at(SENDING[SENDING.index(stage) + 1])
+    device, message = cohort.devices[0], answer(cohort, 0, stage)
+    setattr(message, field, change(getattr(message, field)))
+    calls = {
+        ServerStage.SHARES: device.on_delivery,
+        ServerStage.MASKED: device.on_survivors,
+        ServerStage.COMMIT: device.on_quorum,
+    }
+    assert_leaves(device, lambda: calls[stage](message), "wrong length|other survivors")
 
 
 # ----------------------------------------------------------------------------------------------- parameters, keystreams
