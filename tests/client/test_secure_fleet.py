@@ -374,43 +374,52 @@ def test_a_second_attempt_sums_each_update_once(play: Play) -> None:
     play(story, devices=7)
 
 
-@pytest.mark.parametrize("call", ["shares", "BeginUpload", "CommitUpload"])
-def test_a_process_that_starts_anew_takes_part_in_the_next_attempt(play: Play, call: str) -> None:
-    """Two of five die, are away until the attempt is given up, and bring what they had sealed before."""
+@pytest.mark.parametrize(
+    ("sent", "unsent"), [("shares", "shares"), ("masked", "BeginUpload"), ("masked", "CommitUpload")]
+)
+def test_a_process_that_starts_anew_takes_part_in_the_next_attempt(play: Play, sent: str, unsent: str) -> None:
+    """Two of five die. What the first had sent kept its place: it brings what it had sealed before. The other kept the
+    cohort waiting, and comes back under a new lease."""
 
     async def story(world: World) -> None:
         secure = SecureAggregation(corrupted=0.0, dropout=0.2, min_survivors=5, stage_seconds=60.0)
         world.submit(goal=5, secure=secure, evaluate_every=0)
-        leavers = world.names[:2]
+        back_ms = world.clock.unix_ms() + 75_000  # the first attempt is given up then, the next one gathers devices
+        kept, lost, *others = world.names
+        world.lines[kept].after, world.lines[lost].before = dying(sent), dying(unsent)
 
         async def leave(name: str) -> list[Outcome]:
-            world.lines[name].before = die
-            device = world.open(name)
+            device, line = world.open(name), world.lines[name]
             with pytest.raises(Crash):
                 await device.step_async()
             device._state.close()
             device._examples.close()
-            world.lines[name].before = lambda name, request: None
-            await world.clock.sleep(90)
+            line.before = line.after = lambda name, request: None
+            await world.clock.sleep((back_ms - world.clock.unix_ms()) / 1000)
             world.open(name)
             return await world.live(name)
 
-        await asyncio.gather(*map(leave, leavers), *map(world.live, world.names[2:]))
+        await asyncio.gather(leave(kept), leave(lost), *map(world.live, others))
         [committed] = world.events(EventKind.VERSION_COMMITTED)
         assert (committed.version, committed.round, committed.reports) == (1, 1, 5)
-        assert len(world.trained(1)) == 5  # each once
-        world.assert_exact(1, world.trained(1))
-        for name in leavers:
-            [question] = world.lines[name].questions()
-            sent = [request for kind, request in world.lines[name].sent if kind == "Secure"]
-            assert question.attempt == 1
-            assert {request.attempt for request in sent[sent.index(question) + 1 :]} == {2}
-            keys = [request.advertise.mask_key for request in sent if request.HasField("advertise")]
+        sealed = world.trained(1)
+        assert sorted(one.name for one in sealed) == sorted([*world.names, lost])
+        world.assert_exact(1, list({one.name: one for one in sealed}.values()))  # of the last of each
+        for name, leases in ((kept, 1), (lost, 2)):
+            questions = world.lines[name].questions()
+            assert [question.attempt for question in questions] == [1] * leases
+            calls = [request for kind, request in world.lines[name].sent if kind == "Secure"]
+            assert len({request.lease.lease_id for request in calls}) == leases
+            assert {request.attempt for request in calls[calls.index(questions[-1]) + 1 :]} == {2}
+            keys = [request.advertise.mask_key for request in calls if request.HasField("advertise")]
             assert len(set(keys)) == len(keys) == 2
 
-    def die(name: str, request: Any) -> None:
-        if call in (name, request.WhichOneof("step") if name == "Secure" else None):
-            raise Crash
+    def dying(call: str) -> Callable[[str, Any], None]:
+        def die(name: str, request: Any) -> None:
+            if call in (name, request.WhichOneof("step") if name == "Secure" else None):
+                raise Crash
+
+        return die
 
     play(story, devices=5)
 
