@@ -90,6 +90,9 @@ def test_case_05_both_kinds_of_share_requested() -> None:
     revealed = {index: cohort.sent[index, ServerStage.UNMASK].shares for index in range(COUNT) if index != 3}
     for owner in range(COUNT):
         assert opened(cohort, owner, revealed) == ("mask key" if owner == 3 else "seed")
+    for index in revealed:  # the other kind is not even there any more
+        secrets = cohort.devices[index]._secrets
+        assert (secrets.held, secrets.channels_in, secrets.seed, secrets.mask) == ({}, {}, b"", None)
     told = answer(cohort, 0, ServerStage.COMMIT)
     for survivors in (told.survivors, bits_without(cohort, told.survivors, 4)):
         other = secagg_pb2.SecureQuorum(survivors=survivors, signers=told.signers, signatures=told.signatures)
