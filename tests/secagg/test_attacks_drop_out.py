@@ -178,6 +178,33 @@ def test_words_of_survivors_that_are_not_theirs(change: str) -> None:
 # ------------------------------------------------------------------------------------------------ survivors and quorums
 
 
+def test_a_device_is_told_that_it_did_not_share() -> None:
+    cohort = sparse(ServerStage.MASKED, 10)
+    told = secagg_pb2.SecureDelivery()
+    told.CopyFrom(cohort.server.answer(cohort.ids[0], ServerStage.SHARES))  # type: ignore[arg-type]
+    told.sharers = bits(cohort, range(1, 10))
+    with pytest.raises(ProtocolError, match="not among the sharers"):
+        cohort.devices[0].on_delivery(told)
+    assert cohort.devices[0].state is DeviceState.ABORTED
+
+
+def test_a_survivor_that_never_shared() -> None:
+    """A number more in the sum, far from the device on the ring, whose masks nobody has."""
+    cohort = sparse(ServerStage.SHARES)
+    silent = next(index for index in range(1, 64) if index not in around(cohort, 0))
+    for stage in (ServerStage.SHARES, ServerStage.MASKED):
+        for index in range(64):
+            if index != silent:
+                cohort.send(index, stage)
+        cohort.close()
+    told = cohort.server.answer(cohort.ids[0], ServerStage.MASKED)
+    assert isinstance(told, secagg_pb2.SecureSurvivors)
+    lie = secagg_pb2.SecureSurvivors(survivors=bits(cohort, range(64)), neighbours=told.neighbours)
+    with pytest.raises(ProtocolError, match="never shared"):
+        cohort.devices[0].on_survivors(lie)
+    assert cohort.devices[1].on_survivors(cohort.server.answer(cohort.ids[1], ServerStage.MASKED)).signature  # type: ignore[arg-type]
+
+
 def test_survivors_that_leave_a_device_too_few_neighbours() -> None:
     """Enough of them for a quorum and for the plan, but not around this device."""
     cohort = sparse(ServerStage.COMMIT)
@@ -197,17 +224,19 @@ def test_survivors_that_leave_a_device_too_few_neighbours() -> None:
                 cohort.devices[0].on_survivors(told)
 
 
-def test_forged_signatures_in_a_large_quorum_that_hope_to_be_missed() -> None:
+@pytest.mark.parametrize("forged", ["the first", "the last", "any"])
+def test_forged_signatures_in_a_large_quorum_that_hope_to_be_missed(forged: str) -> None:
     """Devices check a sample. Two sets of survivors have at most n + c genuine signatures between them: here one
     set has half of them, the most that both can have, and the rest forged."""
-    count = 400
+    count = 200
     cohort = Cohort(np.zeros((count, 1), np.uint64), policy=replace(POLICY, corrupted_share=0.05))
     cohort.play_until(ServerStage.UNMASK)
     told = secagg_pb2.SecureQuorum()
     told.CopyFrom(cohort.server.answer(cohort.ids[0], ServerStage.COMMIT))  # type: ignore[arg-type]
     signatures = [told.signatures[start : start + SIGNATURE_BYTES] for start in range(0, 64 * count, SIGNATURE_BYTES)]
     genuine = (count + roster_of(cohort).parameters.corrupted) // 2
-    for turn in cohort.random.sample(range(count), count - genuine):
+    turns = range(count) if forged == "the first" else range(count - 1, -1, -1)
+    for turn in cohort.random.sample(turns, count - genuine) if forged == "any" else turns[: count - genuine]:
         signatures[turn] = bytes(SIGNATURE_BYTES)
     told.signatures = b"".join(signatures)
     for device in cohort.devices:

@@ -224,6 +224,16 @@ def test_other_bytes_for_a_stage_that_was_done_are_refused(stage: ServerStage) -
         cohort.send(0, stage)
 
 
+def test_a_vector_that_names_another_attempt_is_refused() -> None:
+    """Its signature is of this attempt; so are the keys that hide it."""
+    cohort = Cohort(vectors(4))
+    cohort.play_until(ServerStage.MASKED)
+    cohort.sent[0, ServerStage.MASKED] = cohort.next_message(0, ServerStage.MASKED)
+    cohort.sent[0, ServerStage.MASKED].attempt += 1
+    with pytest.raises(ProtocolError, match="another attempt"):
+        cohort.send(0, ServerStage.MASKED)
+
+
 @pytest.mark.parametrize("stage", SENDING[1:])
 def test_messages_out_of_turn_and_late_ones_change_nothing(stage: ServerStage) -> None:
     inputs = vectors(8)
@@ -391,6 +401,7 @@ def test_secrets_leave_a_machine_by_no_back_door() -> None:
         with pytest.raises(TypeError):
             store(device)
     assert device._secrets.seed == b"" and device._secrets.mask is None  # masking was their last use
+    assert device._secrets.channel is None and device._secrets.channels_in == {}
 
 
 def test_a_cohort_without_security_is_left() -> None:
@@ -444,6 +455,24 @@ def test_a_certificate_holds_for_one_identity_one_population_and_a_time() -> Non
     ):
         with pytest.raises(ProtocolError):
             certificates.check(changed, key, population, public_key_of(signer), now)
+
+
+def test_a_certificate_that_held_says_nothing_about_another() -> None:
+    """What was checked once is remembered: with all that it says."""
+    cohort, primitives = Cohort(vectors(2)), Primitives()
+    authority, (one, other) = public_key_of(cohort.authority), map(public_key_of, cohort.identities)
+    certificate = certificates.issue(cohort.authority, one, "bells", NOW, b"s" * 16)
+    for _ in range(2):
+        certificates.check(certificate, one, "bells", authority, NOW, primitives)
+    for changed, key, population, signer in (
+        (certificate[:-1] + bytes([certificate[-1] ^ 1]), one, "bells", authority),
+        (b"t" + certificate[1:], one, "bells", authority),
+        (certificate, other, "bells", authority),
+        (certificate, one, "whistles", authority),
+        (certificate, one, "bells", public_key_of(cohort.signer)),
+    ):
+        with pytest.raises(ProtocolError):
+            certificates.check(changed, key, population, signer, NOW, primitives)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
