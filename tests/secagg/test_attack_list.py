@@ -10,7 +10,9 @@ import pytest
 pytestmark = pytest.mark.secagg
 
 TESTS = Path(__file__).parents[1]
-DEVICE, ROSTER, SERVER = (f"secagg/test_attacks_{part}.py" for part in ("device", "roster", "server"))
+DEVICE, ROSTER, SERVER, DROP_OUT = (
+    f"secagg/test_attacks_{part}.py" for part in ("device", "roster", "server", "drop_out")
+)
 MACHINES, VECTOR = "secagg/test_machines.py", "secagg/test_vector.py"
 UPLOADS, ROUNDS = "coordinator/test_secure_uploads.py", "coordinator/test_secure_rounds.py"
 
@@ -29,8 +31,13 @@ CASES = {
     8: [
         (DEVICE, "test_case_08_fewer_than_q_or_duplicated_signers"),
         (DEVICE, "test_case_08_a_signer_that_is_no_survivor"),
+        (DROP_OUT, "test_forged_signatures_in_a_large_quorum_that_hope_to_be_missed"),
     ],
-    9: [(DEVICE, "test_case_09_neighbours_told_dropped_device_told_alive")],
+    9: [
+        (DEVICE, "test_case_09_neighbours_told_dropped_device_told_alive"),
+        (DROP_OUT, "test_a_device_is_told_that_few_shared_and_the_others_that_just_those_dropped_out"),
+        (DROP_OUT, "test_two_devices_are_told_that_besides_them_only_those_shared_who_dropped_out"),
+    ],
     10: [(ROSTER, "test_case_10_two_rosters")],
     11: [
         (ROSTER, "test_case_11_wrong_graph_or_neighbour_list"),
@@ -139,6 +146,9 @@ FURTHER = {
         "test_inconsistent_ciphertexts_are_blamed_and_excluded_from_the_next_attempt",
     ),
     "more identities than an enrolment allows": (UPLOADS, "test_a_token_of_n_uses_enrols_n_identities"),
+    "a survivor that never shared": (DROP_OUT, "test_a_survivor_that_never_shared"),
+    "survivors that leave a device alone": (DROP_OUT, "test_survivors_that_leave_a_device_too_few_neighbours"),
+    "a member that frames a holder": (DROP_OUT, "test_a_share_that_was_dealt_wrong_frames_nobody_out_of_the_sum"),
     "t - 1 that collude": (DEVICE, "test_fewer_than_the_threshold_see_random_bytes"),
 }
 
