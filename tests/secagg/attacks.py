@@ -15,7 +15,7 @@ from evensong.secagg import DeviceMachine, DeviceState, SecureError, ServerStage
 from evensong.secagg.transcript import advertise_bytes
 from evensong.v1 import secagg_pb2
 
-COUNT = 10  # a complete graph: one member may be corrupted, 7 shares open a secret, 6 are a quorum
+COUNT = 10  # a complete graph: one member may be corrupted, 6 shares open a secret, 6 members are a quorum
 
 
 def vectors(count: int = COUNT, lanes: int = 5) -> npt.NDArray[np.uint64]:

@@ -299,6 +299,49 @@ def test_shares_that_do_not_match_the_commitment() -> None:
     assert cohort.server.blamed == {cohort.ids[liar] for liar in liars}
 
 
+@pytest.mark.parametrize("corrupt_holders", [0, 1])
+def test_a_commitment_that_no_shares_match_is_blamed_on_its_owner(corrupt_holders: int) -> None:
+    """There is no sum, as its mask stays: but the owner is named, and no holder whatever else one of them sends."""
+    cohort = Cohort(vectors(), policy=Policy(0.1, 0.3, 3, 100))
+    liars = set(range(1, 1 + corrupt_holders))
+
+    def lie(index: int, message: Any) -> Any:
+        if index == 0 and isinstance(message, secagg_pb2.SecureShares):
+            return secagg_pb2.SecureShares(ciphertexts=message.ciphertexts, seed_commitment=bytes(32))
+        if index in liars and isinstance(message, secagg_pb2.SecureUnmask):
+            parts = [message.shares[start : start + SHARE] for start in range(0, len(message.shares), SHARE)]
+            return secagg_pb2.SecureUnmask(shares=b"".join(sha256(part) + b"\0" for part in parts))
+        return message
+
+    cohort.to_server = lie
+    with pytest.raises(AbortedError, match="of 1 members cannot be opened"):
+        cohort.play()
+    assert cohort.server.blamed == {cohort.ids[index] for index in (0, *liars)} and not cohort.server.may_repeat
+
+
+def test_nobody_is_blamed_because_too_few_shares_came() -> None:
+    """Nor an honest owner for what a corrupted holder sends, as long as the truth could be among the rest."""
+    parameters = POLICY.parameters(COUNT)
+    cohort = Cohort(vectors())
+    cohort.play_until(ServerStage.UNMASK)
+    for index in range(parameters.threshold):  # of each of these themselves there is one share less than enough
+        cohort.send(index, ServerStage.UNMASK)
+    with pytest.raises(AbortedError):
+        cohort.close()
+    assert cohort.server.blamed == set()
+
+    def lie(index: int, message: Any) -> Any:
+        if index == 0 and isinstance(message, secagg_pb2.SecureUnmask):
+            return secagg_pb2.SecureUnmask(shares=bytes(len(message.shares)))
+        return message
+
+    cohort = Cohort(vectors())
+    cohort.to_server = lie
+    with pytest.raises(AbortedError):
+        cohort.play({ServerStage.UNMASK: set(range(parameters.threshold + 1, COUNT))})
+    assert cohort.server.blamed <= {cohort.ids[0]}
+
+
 def test_inconsistent_ciphertexts_are_blamed_and_excluded_from_the_next_attempt() -> None:
     """To t of its neighbours a member sends what does not open: nobody reveals anything, and it is not there again."""
     cohort = Cohort(vectors())

@@ -34,6 +34,11 @@ class Reveal:
             self._decode_at = len(self._shares)
             self._try(suspects)
 
+    def is_owners_fault(self, corrupted: int) -> bool:
+        """After :meth:`finish`: whether it stays closed though at most ``corrupted`` holders lie. Decoding would have
+        left those out, so the owner dealt no polynomial, or committed to another secret."""
+        return self.secret is None and len(self._shares) >= self._threshold + 2 * corrupted
+
     def _try(self, suspects: set[int]) -> None:
         # Suspects come last, but they do come: whoever dealt them a wrong share may have framed them.
         ranked = sorted(self._shares, key=suspects.__contains__)[: self._threshold]

@@ -276,6 +276,10 @@ class ServerMachine:
                 reveal.finish(self._suspects)
                 self._suspects |= reveal.wrong
             self.blamed |= {self._id(holder - 1) for holder in self._suspects}
+            parameters = self._roster().parameters
+            corrupted = min(parameters.corrupted, parameters.threshold - 1)  # of the holders of one secret
+            faulty = [place for place, reveal in self._reveals.items() if reveal.is_owners_fault(corrupted)]
+            self.blamed |= {self._id(place) for place in faulty}
         obstacle = self._obstacle()
         if obstacle is not None:
             return self.abort(obstacle)
