@@ -93,11 +93,12 @@ def test_each_accepted_update_counts_once(run: str, request: pytest.FixtureReque
         assert event.bytes_up == 4 * update_bytes
     evaluated = [event for event in result.events if event.kind == EventKind.VERSION_EVALUATED]
     tests_of_all = sum(len(client.test) for client in CLIENTS)
-    # A cohort meets for a moment: on a bad network it may be too small, and then a version goes without an evaluation.
+    # A cohort meets for a moment: on a bad network some come late, or so few that a version goes without an evaluation.
     given_up = [event.version for event in result.events if event.kind == EventKind.ROUND_ABANDONED]
     assert sorted([event.version for event in evaluated] + given_up) == [1, 2, 3] and evaluated
     assert run == "secure_lossy" or not given_up
-    assert all(event.metrics is not None and event.metrics.examples == tests_of_all for event in evaluated)
+    counted = [event.metrics.examples for event in evaluated if event.metrics]
+    assert counted == [tests_of_all] * len(evaluated) or (run == "secure_lossy" and max(counted) <= tests_of_all)
 
 
 @pytest.mark.parametrize("run", ["quiet", "secure"])

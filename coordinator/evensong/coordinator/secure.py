@@ -268,13 +268,14 @@ class SecureRounds:
             self._close(tx, round, plan, machine)
 
     def _is_complete(self, tx: Transaction, round: Row[tuple[object, ...]], plan: Plan, machine: ServerMachine) -> bool:
-        """Everyone who can still send in this stage has, or whoever has not is gone and not needed."""
+        """Everyone who can still send in this stage has, or whoever has not is gone: no stage waits for nobody."""
         if machine.stage in (ServerStage.DONE, ServerStage.ABORTED):
             return False
         if machine.is_complete():
             return True
-        advertising = machine.stage == ServerStage.ADVERTISE
-        if not machine.can_close() or (advertising and len(machine.arrived) < round.goal):
+        # A cohort may still gather; in later stages nobody can join.
+        gathering = machine.stage == ServerStage.ADVERTISE
+        if gathering and (not machine.can_close() or len(machine.arrived) < round.goal):
             return False
         awaited = set(
             tx.execute(
