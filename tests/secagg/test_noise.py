@@ -17,6 +17,8 @@ from evensong.secagg.errors import ParameterError
 from evensong.secagg.noise import Keystream, discrete_gaussian, grid_of, local_noise, local_sigma, noise_bound, skellam
 from evensong.v1 import task_pb2
 
+pytestmark = pytest.mark.secagg
+
 VECTORS = json.loads((Path(__file__).parents[2] / "protos" / "vectors" / "noise.json").read_text())
 KEY = bytes(range(16))
 SAMPLERS = {"discrete_gaussian": discrete_gaussian, "skellam": skellam}
