@@ -109,6 +109,7 @@ def test_random_image_models_train_like_torch(data: st.DataObject) -> None:
         classified(CLASSES, 6),
         optimizer=optimizer,
         batch_sizes=sizes,
+        steps=4,  # batch norm over two examples multiplies the last bits with each step
         weight_tolerance=1e-4,
     )
 
