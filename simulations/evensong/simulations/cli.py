@@ -41,13 +41,17 @@ def run_app(app: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
 
 @contextmanager
 def _one_interrupt() -> Iterator[None]:
-    """The first SIGINT or SIGTERM unwinds the program; later ones are ignored, so that they cannot cut the unwinding
-    short.
+    """The first SIGINT or SIGTERM unwinds the program; later ones are ignored until it has ended, so that they cannot
+    cut the unwinding short.
 
     What is unwound ends processes and closes connections, within seconds.
     """
 
+    interrupted = False
+
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal interrupted
+        interrupted = True
         for each in former:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -59,4 +63,4 @@ def _one_interrupt() -> Iterator[None]:
         yield
     finally:
         for number, handler in former.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if interrupted else handler)
