@@ -267,7 +267,7 @@ def seen_machines(monkeypatch: pytest.MonkeyPatch) -> list[DeviceMachine]:
     return machines
 
 
-@pytest.mark.parametrize("step", ["advertise", "shares", "masked", "commit"])
+@pytest.mark.parametrize("step", ["advertise", "shares", "masked"])
 def test_however_an_attempt_ends_its_secrets_are_forgotten(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machines = seen_machines(monkeypatch)
     with device_for(give(ends=[(step, end(AGAIN, 2)), (step, end(ABORTED, 2))])) as device:
@@ -289,7 +289,7 @@ def test_an_attempt_that_cannot_follow_is_refused(attempt: int) -> None:
     assert {request.attempt for _, request in coordinator.steps} == {1}
 
 
-@pytest.mark.parametrize("step", ["advertise", "shares", "masked", "commit"])
+@pytest.mark.parametrize("step", ["advertise", "shares", "masked"])
 def test_again_masks_the_same_update_anew_under_fresh_keys(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,14 +313,15 @@ def test_again_masks_the_same_update_anew_under_fresh_keys(
 
 def test_a_spent_update_joins_no_other_cohort(tmp_path: Path) -> None:
     """Two sums that differ by one device tell that device's update: the coordinator asks for just that."""
-    coordinator = give(ends=[("unmask", end(AGAIN, 2))])
-    with device_for(coordinator, tmp_path) as device:
-        outcome = device.step()
-        assert isinstance(outcome, Aborted) and outcome.reason == "UNTRUSTED" and "second sum" in outcome.message
-    assert {request.attempt for _, request in coordinator.steps} == {1}
+    for step in ("commit", "unmask"):
+        coordinator = give(ends=[(step, end(AGAIN, 2))])
+        with device_for(coordinator, tmp_path / step) as device:
+            outcome = device.step()
+            assert isinstance(outcome, Aborted) and outcome.reason == "UNTRUSTED" and "second sum" in outcome.message
+        assert {request.attempt for _, request in coordinator.steps} == {1}
 
 
-def test_an_update_is_spent_before_its_shares_leave(tmp_path: Path) -> None:
+def test_an_update_is_spent_before_its_signature_on_the_survivors_leaves(tmp_path: Path) -> None:
     coordinator = give()
     known = []
     with device_for(coordinator, tmp_path) as device:
@@ -329,7 +330,7 @@ def test_an_update_is_spent_before_its_shares_leave(tmp_path: Path) -> None:
         )
         device.step()
     spent = [bool(cohort and cohort.spent) for method, cohort in known if method == "Secure"]
-    assert spent == [False, False, False, False, True]
+    assert spent == [False, False, False, True, True]
     assert all(cohort and cohort.attempt == 1 for method, cohort in known if method == "Secure")
 
 

@@ -2,9 +2,9 @@
 
 The protocol is :class:`evensong.secagg.device.DeviceMachine`; here it meets the network and the disk. Its secrets and
 the masked vector exist in memory only. What is written down is which attempt the device joined, before anything of it
-leaves, and that the update is *spent*, before the device's shares do. So a process that starts anew has left the cohort
-of the one before it: it asks what became of that, and takes part at most in a later attempt. No mask is made twice, and
-no update becomes part of two sums.
+leaves, and that the update is *spent*, before the device's signature on the survivors does: from there on a sum may be
+revealed. So a process that starts anew has left the cohort of the one before it: it asks what became of that, and takes
+part at most in a later attempt. No mask is made twice, and no update becomes part of two sums.
 """
 
 from __future__ import annotations
@@ -139,12 +139,12 @@ class _TakingPart:
             return response
         survivors = _expected(response, "survivors").survivors
         commit = await context.run_blocking(lambda: machine.on_survivors(survivors))
+        self._remember(attempt, spent=True)
         self._tell(attempt, "commit", machine)
         response = await self._send(attempt, commit=commit)
         if response.HasField("end"):
             return response
         quorum = _expected(response, "quorum").quorum
-        self._remember(attempt, spent=True)
         shares_of_others = await context.run_blocking(lambda: machine.on_quorum(quorum))
         self._tell(attempt, "unmask", machine)
         return _expected(await self._send(attempt, unmask=shares_of_others), "end")

@@ -262,7 +262,11 @@ class DeviceMachine:
     # ----------------------------------------------------------------------------------------------------- 3, commit
 
     def on_survivors(self, message: secagg_pb2.SecureSurvivors) -> secagg_pb2.SecureCommit:
-        """Signs who is in the sum. The same set again gets the same answer; another set ends the attempt here."""
+        """Signs who is in the sum. The same set again gets the same answer; another set ends the attempt here.
+
+        Before the signature leaves, the caller writes down that the update is spent: from then on it may be part of a
+        sum.
+        """
         if self.state is DeviceState.COMMITTED:
             return self._repeat(message)
         with self._step(DeviceTrigger.SURVIVORS):
@@ -313,7 +317,7 @@ class DeviceMachine:
 
     def on_quorum(self, message: secagg_pb2.SecureQuorum) -> secagg_pb2.SecureUnmask:
         """If a quorum signed the same survivors: one share of each neighbour that shared, of the seed if it survived,
-        of the mask key if not. The caller has written down before that the update is spent."""
+        of the mask key if not."""
         with self._step(DeviceTrigger.QUORUM):
             self._check_quorum(message)
             shares = []

@@ -78,7 +78,7 @@ class ServerMachine:
         self.stage = ServerStage.ADVERTISE
         self.reason = ""  #: why the attempt was aborted
         self.blamed: set[str] = set()  #: devices that broke the protocol
-        self.may_repeat = True  #: until devices have been asked to reveal
+        self.may_repeat = True  #: until devices have been asked to sign the survivors: what is signed may be revealed
         self._signer = signer
         self._authority_public_key = authority_public_key
         self._excluded = excluded
@@ -286,8 +286,9 @@ class ServerMachine:
         if closing is ServerStage.ADVERTISE:
             self._close_advertise()
         self._sets[closing] = bitmap.from_places(self._places(closing))
-        if closing is ServerStage.COMMIT:
+        if closing is ServerStage.MASKED:
             self.may_repeat = False
+        if closing is ServerStage.COMMIT:
             self._reveals = {place: self._reveal(place) for place in self._places(ServerStage.SHARES)}
         self.stage = following(SERVER_TRANSITIONS, closing, ServerTrigger.CLOSE)
         return self.stage
