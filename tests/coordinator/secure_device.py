@@ -39,6 +39,13 @@ class SecureDevice(TinyDevice):
     certificate = b""
     authority = b""
     weight = 1
+    patient = False  #: repeats a call, byte for byte, while the coordinator cannot store
+
+    async def send(self, method: str, request: Any, response_type: type[Any], *, time: int | None = None) -> Any:
+        response = await super().send(method, request, response_type, time=time)
+        while self.patient and response.refusal.reason == common_pb2.REFUSAL_REASON_UNAVAILABLE:
+            response = await super().send(method, request, response_type, time=time)
+        return response
 
     async def enrol(self, token: str, population: str = POPULATION) -> device_pb2.EnrolResponse:
         response = await super().enrol(token, population)

@@ -14,6 +14,7 @@ from sqlalchemy import select
 from tiny_device import World, settle
 
 from evensong.coordinator import tables
+from evensong.coordinator.errors import StorageError
 from evensong.secagg.vector import VectorSum
 from evensong.v1 import common_pb2, device_pb2, operator_pb2, secagg_pb2, task_pb2
 from evensong.wire.rotation import rotation_seed
@@ -481,5 +482,46 @@ def test_the_codec_of_secure_sums_goes_with_them_only(tmp_path: Path) -> None:
             bundle.update.codec = task_pb2.CODEC_FLOAT32
             with pytest.raises(TaskError, match="CODEC_FIELDS"):
                 check_bundle(bundle)
+
+    run(story())
+
+
+def test_a_refused_message_does_not_cost_the_coordinator_its_machine(tmp_path: Path) -> None:
+    """Building it anew takes every signature of the round: no device may ask for that with a bad message."""
+
+    async def story() -> None:
+        async with World(tmp_path / "data") as world:
+            devices = await cohort(world, 4)
+            await devices[0].advertise(wait_ms=0)
+            machines = world.core.secure.machines
+            before = machines._machines.copy()
+            refused = await devices[1].step(shares=secagg_pb2.SecureShares(), wait_ms=0)
+            assert refused.refusal.reason == common_pb2.REFUSAL_REASON_INVALID_REQUEST
+            assert machines._machines == before and before
+
+    run(story())
+
+
+@pytest.mark.parametrize("stage", ["advertise", "shares", "masked", "commit", "unmask"])
+def test_a_message_that_could_not_be_stored_is_forgotten_and_taken_when_it_comes_again(
+    tmp_path: Path, stage: str
+) -> None:
+    failures = 2
+
+    def fail(point: str) -> None:
+        nonlocal failures
+        if point == f"secure.{stage}.before_commit" and failures:
+            failures -= 1
+            raise StorageError("the disk is full")
+
+    async def story() -> None:
+        async with World(tmp_path / "data", fault=fail) as world:
+            devices = await cohort(world, 4)
+            for device in devices:
+                device.patient = True
+            ends = await all_take_part(world, devices)
+            assert [end.outcome for end in ends] == [DONE] * 4  # type: ignore[union-attr]
+            assert failures == 0
+            check_version(world, 1, devices)
 
     run(story())

@@ -80,10 +80,12 @@ class SecureRounds:
         if request.attempt != standing.attempt.attempt:
             return self._other_attempt(request.attempt, standing.attempt.attempt)
         with self.machines.open(standing.round.round_id) as machine:
+            if request.attempt != machine.session.attempt:  # it ended a moment ago
+                return self._other_attempt(request.attempt, machine.session.attempt)
             if step != "masked":
-                message = getattr(request, step)
-                if self._receive(machine, device_id, _STAGE_OF_STEP[step], message):
-                    self._store(machine, device_id, request.lease, message)
+                message, now = getattr(request, step), self._context.now()
+                if self._receive(machine, device_id, _STAGE_OF_STEP[step], message, now):
+                    self._store(machine, standing, message, now)
             return self._answer(machine, device_id, standing, step)
 
     def accept_masked(
@@ -102,20 +104,26 @@ class SecureRounds:
             standing = self._standing(tx, device_id, request.lease)
         if isinstance(standing, secagg_pb2.SecureEnd) or standing.attempt.attempt != request.masked.attempt:
             raise RefusalError(common_pb2.REFUSAL_REASON_TOO_LATE, "the attempt that the vector was masked for is over")
-        key = call.key(request.request_id)
+        upload = _MaskedUpload(request.upload_id, size, call.key(request.request_id), response)
+        now = self._context.now()
         with self.machines.open(standing.round.round_id) as machine:
-            if self._receive(machine, device_id, ServerStage.MASKED, request.masked, bytes.fromhex(sha256)):
-                upload = _MaskedUpload(request.upload_id, size, key, response)
-                self._store(machine, device_id, request.lease, request.masked, upload)
+            if self._receive(machine, device_id, ServerStage.MASKED, request.masked, now, bytes.fromhex(sha256)):
+                self._store(machine, standing, request.masked, now, upload)
         return response
 
     def _receive(
-        self, machine: ServerMachine, device_id: str, stage: ServerStage, message: Any, sha256: bytes | None = None
+        self,
+        machine: ServerMachine,
+        device_id: str,
+        stage: ServerStage,
+        message: Any,
+        now: int,
+        sha256: bytes | None = None,
     ) -> bool:
         """Whether the message is new. What the protocol does not allow is refused, and changes nothing."""
         late = _ORDER.index(machine.stage) > _ORDER.index(stage)
         try:
-            return machine.receive(device_id, message, vector_sha256=sha256, now_unix_ms=self._context.now())
+            return machine.receive(device_id, message, vector_sha256=sha256, now_unix_ms=now)
         except ProtocolError as error:
             reason = common_pb2.REFUSAL_REASON_TOO_LATE if late else common_pb2.REFUSAL_REASON_INVALID_REQUEST
             raise RefusalError(reason, str(error)) from None
@@ -123,33 +131,34 @@ class SecureRounds:
     def _store(
         self,
         machine: ServerMachine,
-        device_id: str,
-        lease: common_pb2.Lease,
+        standing: Standing,
         message: Any,
+        now: int,
         upload: _MaskedUpload | None = None,
     ) -> None:
         """One transaction: the message, and whatever it completes."""
-        context, stage = self._context, machine.stage
-        with context.database.transaction() as tx:
-            standing = self._standing(tx, device_id, lease)
-            if isinstance(standing, secagg_pb2.SecureEnd):
+        context, stage, lease = self._context, machine.stage, standing.lease
+        claimed = common_pb2.Lease(lease_id=lease.lease_id, fencing_token=lease.fencing_token)
+        with self.machines.storing(standing.round.round_id), context.database.transaction() as tx:
+            current = self._standing(tx, lease.device_id, claimed)
+            if isinstance(current, secagg_pb2.SecureEnd):
                 raise RefusalError(common_pb2.REFUSAL_REASON_TOO_LATE, "the round ended meanwhile")
             tx.execute(
                 insert(tables.secure_messages).values(
-                    round_id=standing.round.round_id,
-                    attempt=standing.attempt.attempt,
+                    round_id=current.round.round_id,
+                    attempt=current.attempt.attempt,
                     stage=stage,
-                    device_id=device_id,
+                    device_id=lease.device_id,
                     payload=message.SerializeToString(),
                     upload_id=upload.upload_id if upload else None,
-                    accepted_ms=context.now(),
+                    accepted_ms=now,
                 )
             )
             if stage == ServerStage.ADVERTISE:
-                self._hurry(tx, standing, machine)
+                self._hurry(tx, current, machine)
             if upload is not None:
-                self._count_vector(tx, standing, machine, upload)
-            self._close_what_is_complete(tx, standing.round, standing.plan, machine)
+                self._count_vector(tx, current, machine, upload)
+            self._close_what_is_complete(tx, current.round, current.plan, machine)
             context.fault(f"secure.{stage}.before_commit")
         context.fault(f"secure.{stage}.after_commit")
         context.telemetry.secure_messages.labels(stage.value).inc()
@@ -247,7 +256,7 @@ class SecureRounds:
                 round = _read(tx, round_id)
                 if not due and not self._is_complete(tx, round, parse_plan(round.bundle), machine):
                     return
-            with context.database.transaction() as tx:
+            with self.machines.storing(round_id), context.database.transaction() as tx:
                 round = _read(tx, round_id)
                 if round.state not in OPEN:
                     return

@@ -45,7 +45,7 @@ class Machines:
 
     @contextmanager
     def open(self, round_id: int) -> Iterator[ServerMachine]:
-        """The round's machine, for one thread at a time. If the body fails, the machine is built anew next time."""
+        """The round's machine, for one thread at a time. Whoever changes it stores that :meth:`storing`."""
         with self._lock:
             lock = self._locks.setdefault(round_id, threading.RLock())
         with lock:
@@ -54,11 +54,16 @@ class Machines:
                 held = self._machines.get(round_id)
                 machine = held[1] if held and held[0] == attempt.attempt else self._build(tx, attempt)
             self._machines[round_id] = attempt.attempt, machine
-            try:
-                yield machine
-            except BaseException:
-                self._machines.pop(round_id, None)
-                raise
+            yield machine
+
+    @contextmanager
+    def storing(self, round_id: int) -> Iterator[None]:
+        """Around what stores a change of the machine, while it is open: if that fails, the machine is built anew."""
+        try:
+            yield
+        except BaseException:
+            self._machines.pop(round_id, None)
+            raise
 
     def drop(self, round_id: int) -> None:
         """Frees what a round that is over held."""
