@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from secure_device import METRICS, SecureDevice, all_take_part, cohort, enrolled, secure_plan
-from sqlalchemy import select
+from sqlalchemy import select, update
 from tiny_device import World, settle
 
 from evensong.coordinator import tables
@@ -523,5 +523,29 @@ def test_a_message_that_could_not_be_stored_is_forgotten_and_taken_when_it_comes
             assert [end.outcome for end in ends] == [DONE] * 4  # type: ignore[union-attr]
             assert failures == 0
             check_version(world, 1, devices)
+
+    run(story())
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xff"], ids=["empty", "garbage"])
+def test_a_round_whose_messages_are_damaged_is_abandoned_and_holds_up_nobody(tmp_path: Path, payload: bytes) -> None:
+    async def story() -> None:
+        folder = tmp_path / "data"
+        async with World(folder) as world:
+            devices = await cohort(world, 4)
+            await devices[0].advertise(wait_ms=0)
+            with world.core.context.database.transaction() as tx:
+                tx.execute(update(tables.secure_messages).values(payload=payload))
+        async with World(folder, clock=world.clock) as second:
+            second.task_id = world.task_id
+            await settle()
+            assert second.task().round == 2
+            message = next(e.message for e in second.events() if e.kind == operator_pb2.EVENT_KIND_ROUND_ABANDONED)
+            assert "cannot be read back" in message
+            for device in devices:
+                device.dispatcher = second.core.devices
+                await device.start()
+            await all_take_part(second, devices)
+            check_version(second, 1, devices)
 
     run(story())

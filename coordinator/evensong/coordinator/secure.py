@@ -23,7 +23,7 @@ from evensong.coordinator.errors import RefusalError
 from evensong.coordinator.plan import SECURE_ATTEMPTS, SECURE_STAGES, Plan, parse_plan
 from evensong.coordinator.rounds import OPEN, LeaseState, Trigger
 from evensong.coordinator.secure_machines import Machines, newest_attempt
-from evensong.secagg.errors import ProtocolError
+from evensong.secagg.errors import ProtocolError, SecureError
 from evensong.secagg.server import ServerMachine
 from evensong.secagg.states import ServerStage
 from evensong.v1 import common_pb2, device_pb2, operator_pb2, secagg_pb2
@@ -245,7 +245,10 @@ class SecureRounds:
                 )
             ).all()
         for row in live:
-            self._advance(row.round_id, due=row.deadline_ms <= now)
+            try:
+                self._advance(row.round_id, due=row.deadline_ms <= now)
+            except SecureError as error:
+                self._abandon_unreadable(row.round_id, error)
         later = [row.deadline_ms for row in live if row.deadline_ms > now]
         return min(later, default=None)
 
@@ -267,6 +270,16 @@ class SecureRounds:
                 self._close_what_is_complete(tx, round, plan, machine)
                 context.fault("secure.close.before_commit")
             context.fault("secure.close.after_commit")
+
+    def _abandon_unreadable(self, round_id: int, error: SecureError) -> None:
+        """A machine that its stored messages do not make again (damage, or an upgrade in the middle of a round) must
+        not hold up the other rounds."""
+        context = self._context
+        context.log.error("a secure round cannot be read back", round_id=round_id, error=str(error))
+        with context.database.transaction() as tx:
+            round = _read(tx, round_id)
+            if round.state in OPEN:
+                abandon_round(context, tx, round, Trigger.NO_SUM, "its stored messages cannot be read back")
 
     def _close_what_is_complete(
         self, tx: Transaction, round: Row[tuple[object, ...]], plan: Plan, machine: ServerMachine

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from sqlalchemy import Row, select
 
 from evensong.coordinator import tables
 from evensong.coordinator.context import Context
 from evensong.coordinator.database import Transaction
 from evensong.coordinator.plan import parse_plan
+from evensong.secagg.errors import ProtocolError
 from evensong.secagg.primitives import Primitives
 from evensong.secagg.server import ServerMachine
 from evensong.secagg.session import Policy, Session
@@ -97,13 +99,20 @@ class Machines:
                 machine.close()
             machine.receive(
                 row.device_id,
-                MESSAGES[stage].FromString(row.payload),
+                _parse(stage, row.payload),
                 vector_sha256=bytes.fromhex(row.sha256) if row.sha256 else None,
                 now_unix_ms=row.accepted_ms,
             )
         while machine.stage != ServerStage(attempt.stage):
             machine.close()
         return machine
+
+
+def _parse(stage: ServerStage, payload: bytes) -> Any:
+    try:
+        return MESSAGES[stage].FromString(payload)
+    except DecodeError:
+        raise ProtocolError(f"a stored message of stage {stage.value} is damaged") from None
 
 
 def newest_attempt(tx: Transaction, round_id: int) -> Row[tuple[object, ...]]:

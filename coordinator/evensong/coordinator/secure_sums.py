@@ -15,7 +15,7 @@ from evensong.coordinator.context import Context
 from evensong.coordinator.plan import parse_plan
 from evensong.coordinator.privacy.mechanism import Total
 from evensong.coordinator.secure_machines import Machines
-from evensong.secagg.errors import ProtocolError
+from evensong.secagg.errors import ProtocolError, SecureError
 from evensong.secagg.masks import apply_masks
 from evensong.v1 import common_pb2, task_pb2
 from evensong.wire.errors import EvensongError, UpdateError
@@ -66,8 +66,11 @@ def secure_sum(context: Context, machines: Machines, round: Row[tuple[object, ..
     for upload_id in uploads:
         lanes += np.frombuffer(context.spool.read(upload_id), "<u8")
     started = time.process_time()
-    with machines.open(round.round_id) as machine:
-        masks = machine.unmasking().masks
+    try:
+        with machines.open(round.round_id) as machine:
+            masks = machine.unmasking().masks
+    except SecureError as error:
+        raise UnsoundSumError("the messages of a secure round cannot be read back", got=error) from error
     apply_masks(lanes, masks, threads=os.cpu_count() or 1)
     context.telemetry.unmask_seconds.observe(time.process_time() - started)
     try:
