@@ -100,16 +100,113 @@ def digits_cnn(seed: int = 0) -> nn.Module:
     return _initialised(DigitsCnn(), seed)
 
 
+class DsCnn(nn.Module):
+    """The depthwise separable keyword spotter of *Hello Edge* (Zhang et al. 2017), as MLPerf Tiny has it. Input
+    [n, 1, 49, 10] (49 frames of 10 cepstral coefficients), result [n, 12].
+    """
+
+    def __init__(self, channels: int = 64, blocks: int = 4, classes: int = 12) -> None:
+        super().__init__()
+        layers = [_normalised(nn.Conv2d(1, channels, (10, 4), stride=2, padding=(5, 1), bias=False))]
+        for _ in range(blocks):
+            layers.append(_normalised(nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)))
+            layers.append(_normalised(nn.Conv2d(channels, channels, 1, bias=False)))
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def ds_cnn(seed: int = 0) -> nn.Module:
+    """A :class:`DsCnn` from a seed: 23,180 parameters."""
+    return _initialised(DsCnn(), seed)
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: expand, filter by channel, project; added to its input where the shapes are equal."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        layers: list[nn.Module] = []
+        if expansion != 1:
+            layers.append(_normalised(nn.Conv2d(inputs, hidden, 1, bias=False), nn.ReLU6()))
+        layers.append(
+            _normalised(nn.Conv2d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False), nn.ReLU6())
+        )
+        layers += [nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.layers = nn.Sequential(*layers)
+        self.is_residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers(x)
+        return x + y if self.is_residual else y  # type: ignore[no-any-return]
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 (Sandler et al. 2018), channels rounded to multiples of 8. Input [n, 3, 96, 96]."""
+
+    #: expansion, channels at width 1, blocks, stride of the first
+    STAGES = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+
+    def __init__(self, width: float = 0.35, classes: int = 10) -> None:
+        super().__init__()
+        channels = _multiple_of_8(32 * width)
+        features: list[nn.Module] = [
+            _normalised(nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False), nn.ReLU6())
+        ]
+        for expansion, full_channels, blocks, first_stride in self.STAGES:
+            outputs = _multiple_of_8(full_channels * width)
+            for block in range(blocks):
+                features.append(InvertedResidual(channels, outputs, first_stride if block == 0 else 1, expansion))
+                channels = outputs
+        features.append(_normalised(nn.Conv2d(channels, 1280, 1, bias=False), nn.ReLU6()))
+        self.features = nn.Sequential(*features)
+        self.classifier = nn.Linear(1280, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def mobilenet_v2_035(seed: int = 0) -> nn.Module:
+    """A :class:`MobileNetV2` of width 0.35 for ten classes, from a seed: 408,938 parameters."""
+    return _initialised(MobileNetV2(), seed)
+
+
+def _normalised(convolution: nn.Conv2d, activation: nn.Module | None = None) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), activation or nn.ReLU())
+
+
+def _multiple_of_8(channels: float) -> int:
+    """The nearest multiple of 8, at least 8 and never more than a tenth below ``channels``."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
 def _initialised(model: nn.Module, seed: int) -> nn.Module:
-    """He-uniform weights and zero biases from one generator, in the order of the state dict; the global one is left
-    alone.
+    """He-uniform weights, zero biases and neutral normalisation from one generator, in the order of the state dict;
+    the global one is left alone.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
-                parameter.zero_()
+                parameter.fill_(1.0 if _is_scale(model, name) else 0.0)
             else:
                 bound = (6.0 / parameter[0].numel()) ** 0.5
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) * 2 * bound - bound)
     return model
+
+
+def _is_scale(model: nn.Module, name: str) -> bool:
+    module, _, parameter = name.rpartition(".")
+    return parameter == "weight" and isinstance(model.get_submodule(module), nn.BatchNorm2d)
