@@ -33,6 +33,23 @@ struct Statistic {
     size_t bytes;
 };
 
+// Under the address sanitizer a poisoned gap follows each region, so that leaving one is found out.
+#if defined(__SANITIZE_ADDRESS__)
+#define EVENSONG_SANITIZE_ADDRESS
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define EVENSONG_SANITIZE_ADDRESS
+#endif
+#endif
+#if defined(EVENSONG_SANITIZE_ADDRESS)
+extern "C" void __asan_poison_memory_region(const volatile void* address, size_t size);
+constexpr size_t kGap = kAlignment;
+void poison(char* address, size_t size) { __asan_poison_memory_region(address, size); }
+#else
+constexpr size_t kGap = 0;
+void poison(char*, size_t) {}
+#endif
+
 uint64_t align(uint64_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
 
 }  // namespace
@@ -70,7 +87,7 @@ bool allocate_memory(evensong_engine* engine, bool borrow) {
     uint64_t constants = borrow ? 0 : model.const_bytes;
     const uint64_t sizes[] = {constants, model.state_bytes, model.slot_bytes, arena, workspace, saved};
     uint64_t total = kAlignment;
-    for (uint64_t size : sizes) total += align(size);
+    for (uint64_t size : sizes) total += align(size) + kGap;
     if (total > SIZE_MAX / 2 || !engine->memory.allocate(size_t(total))) return false;
 
     char* next = engine->memory.data + (align(reinterpret_cast<uintptr_t>(engine->memory.data)) -
@@ -78,7 +95,8 @@ bool allocate_memory(evensong_engine* engine, bool borrow) {
     char* bases[6];
     for (int i = 0; i < 6; ++i) {
         bases[i] = next;
-        next += align(sizes[i]);
+        next += align(sizes[i]) + kGap;
+        poison(bases[i] + sizes[i], size_t(next - bases[i] - ptrdiff_t(sizes[i])));
     }
     memcpy(bases[0], model.constants, size_t(constants));
     memcpy(bases[1], model.initial_state, size_t(model.state_bytes));
@@ -337,13 +355,17 @@ void evensong_close(evensong_engine* engine) {
 }
 
 size_t evensong_memory_bytes(const evensong_engine* engine) {
-    size_t bytes = sizeof *engine + engine->memory.size + engine->model.operand_pool.size * 4 +
-                   engine->model.attribute_pool.size * 4;
-    for (const Program& program : engine->model.programs) {
-        bytes += sizeof program + program.tensors.size * sizeof(Tensor) + program.ops.size * sizeof(Op);
+    const Model& model = engine->model;
+    size_t bytes = sizeof *engine + engine->memory.bytes() + model.variables.bytes() + model.programs.bytes() +
+                   model.operand_pool.bytes() + model.attribute_pool.bytes() + engine->statistics.bytes() +
+                   engine->frozen.bytes() + engine->prepared.bytes();
+    for (const Program& program : model.programs) {
+        bytes += program.inputs.bytes() + program.outputs.bytes() + program.tensors.bytes() + program.ops.bytes();
     }
-    for (const Prepared& prepared : engine->prepared)
-        bytes += sizeof prepared + prepared.operands.size * sizeof(Operand);
+    for (const Prepared& prepared : engine->prepared) {
+        bytes += prepared.operands.bytes() + prepared.ports.bytes() + prepared.first_operand.bytes() +
+                 prepared.waits.bytes();
+    }
     return bytes;
 }
 

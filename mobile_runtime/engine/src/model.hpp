@@ -60,6 +60,7 @@ struct Array {
     }
     T& operator[](size_t index) { return data[index]; }
     const T& operator[](size_t index) const { return data[index]; }
+    size_t bytes() const { return (size ? size : 1) * sizeof(T); }
     T* begin() const { return data; }
     T* end() const { return data + size; }
 };
@@ -105,6 +106,7 @@ struct Program {
     char name[256];
     uint32_t max_batch;
     uint64_t arena_bytes, workspace_bytes;
+    uint64_t work;  // multiply-adds of one run of max_batch examples, by the verifier's count
     Array<Port> inputs, outputs;
     Array<Tensor> tensors;
     Array<Op> ops;

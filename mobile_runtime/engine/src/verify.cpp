@@ -537,6 +537,7 @@ evensong_status verify_program(const Model& model, Program* program, Report* rep
             return report->fail(EVENSONG_PROGRAM, "'%s' takes too long to run", program->name);
         total_work += work;
     }
+    program->work = total_work;
     return EVENSONG_OK;
 }
 
