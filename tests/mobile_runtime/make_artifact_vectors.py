@@ -60,6 +60,7 @@ def vectors() -> dict[str, tuple[str, Artifact, Plan]]:
         "convolution": convolution(),
         "text": text(),
         "int8": int8(),
+        "raw": raw(),
     }
 
 
@@ -250,6 +251,47 @@ def int8() -> tuple[str, Artifact, Plan]:
         [
             ("predict", 2, [images], 0.0, 1, 0),
             ("predict", 1, [images[1:]], 0.0, 1, 0),
+        ],
+    )
+
+
+def raw() -> tuple[str, Artifact, Plan]:
+    """What stands in front of a model: text, a number and an image of bytes; all results are integers or exact."""
+    rng = np.random.default_rng(5)
+    n, size, tokens, channels = 3, 24, 6, 2
+    b = ProgramBuilder("input", n)
+    text = b.input("text", (n, size), DType.U8, batched=True)
+    number = b.input("number", (n,), batched=True)
+    image = b.input("image", (n, 5, 6, channels), DType.U8, batched=True)
+    hashes = b.output("hashes", (n, tokens), DType.I32, batched=True)
+    ids = b.output("ids", (n, tokens), DType.I32, batched=True)
+    keys = np.sort([0, *np.array([0xE40C292C, 0xBF9CF968], np.uint32).view(np.int32)])  # none, "a", "foobar"
+    table = b.const(np.stack([keys, np.where(keys == 0, 0, 2 + np.arange(3))], axis=1).astype(np.int32))
+    b.op("TOKENIZE", [text], [hashes], lower=1, strip=1, split=1, ngrams=2, salt=0)
+    b.op("LOOKUP", [hashes, table], [ids], first=5, bins=3, salt=-2)
+    b.op("ONE_HOT", [ids], [b.output("counts", (n, 7), batched=True)], first=1, count=1)
+    boundaries = b.const(np.array([-1.5, 0, 0.25, 3], np.float32))
+    b.op("BUCKETIZE", [number, boundaries], [b.output("bucket", (n,), DType.I32, batched=True)], right=1)
+    window = b.output("window", (n, 4, 4, channels), DType.U8, batched=True)
+    b.op("CROP2D", [image], [window], random=1, pad_h=1, pad_w=1, flip_h=1, flip_v=1, stream=-1)
+    stored = b.output("stored", (n, 4, 4, channels), DType.I8, batched=True, scale=0.1, zero_point=1)
+    b.op("QLUT_U8", [window, b.const(rng.integers(-128, 128, (channels, 256)).astype(np.int8))], [stored])
+    resized, real = (b.output(name, (n, 3, 5, channels), batched=True) for name in ("resized", "real"))
+    b.op("RESIZE2D", [window], [resized], mode=2)
+    small = b.scratch((n, 3, 5, channels), DType.U8, batched=True)
+    b.op("CROP2D", [image], [small])
+    b.op("CAST", [small], [real])
+    texts = np.zeros((n, size), np.uint8)
+    for row, sentence in zip(texts, ("A foo-bar, a foobar!", "Ärger\t\ta 😀", ""), strict=True):
+        row[: len(sentence.encode())] = np.frombuffer(sentence.encode(), np.uint8)
+    numbers = np.array([0.25, -7, 1e9], np.float32)
+    images = rng.integers(0, 256, (n, 5, 6, channels)).astype(np.uint8)
+    return (
+        "tokens, lookup, counts, bucket, random crop, resize, byte table; integers exact",
+        b.artifact(),
+        [
+            ("input", 3, [texts, numbers, images], 0.0, 1, 2**40 + 7),
+            ("input", 2, [texts[:2], numbers[:2], images[:2]], 0.0, 9, 3),
         ],
     )
 

@@ -666,3 +666,92 @@ def _qlut(c: Case) -> None:
     c.weight(256, value=_int8(c, 256, batched=False))
     c.output(count, 3, dtype=DType.I8)
     c.finish()
+
+
+# ------------------------------------------------------------------------------------------------- input
+
+
+@_case("CAST")
+def _cast(c: Case) -> None:
+    count = _big(c)
+    whole = c.live((count, 3), True)
+    values = c.integers(0, 255, *whole, dtype=np.uint8) if c.flag() else c.integers(-(2**31), 2**31 - 1, *whole)
+    c.input(count, 3, value=values)
+    c.output(count, 3)
+    c.finish()
+
+
+@_case("ONE_HOT")
+def _one_hot(c: Case) -> None:
+    rows, width, columns, first = c.size(), c.size(), _big(c), c.size(-3, 3)
+    c.input(rows, width, value=c.integers(first - 2, first + columns - 1, *c.live((rows, width), True)))
+    c.output(rows, columns)
+    c.finish(first=first, count=c.size(0, 1))
+
+
+@_case("BUCKETIZE")
+def _bucketize(c: Case) -> None:
+    count, boundaries = _big(c), c.size(1, 20)
+    x = c.floats(*c.live((count, 2), True))
+    edges = c.rng.choice(x.reshape(-1), boundaries)  # some values lie on a boundary; now and then not in order
+    c.input(count, 2, value=x)
+    c.weight(boundaries, value=edges if c.flag() else np.sort(edges))
+    c.output(count, 2, dtype=DType.I32)
+    c.finish(right=c.size(0, 1))
+
+
+@_case("LOOKUP")
+def _lookup(c: Case) -> None:
+    count = _big(c)
+    c.input(count, value=c.integers(-20, 20, *c.live((count,), True)))
+    if c.flag():
+        keys = c.integers(-20, 20, c.size(1, 30))
+        keys = keys if c.flag() else np.unique(keys)
+        c.weight(len(keys), 2, value=np.stack([keys, c.integers(-9, 99, len(keys))], axis=1))
+    c.output(count, dtype=DType.I32)
+    bins = c.draw(st.sampled_from([1, 2, 7, 1000, 2**31 - 1]))
+    c.finish(first=c.size(-5, 0), bins=bins, salt=c.draw(st.integers(-(2**31), 2**31 - 1)))
+
+
+@_case("TOKENIZE")
+def _tokenize(c: Case) -> None:
+    rows, size = c.size(), _big(c)
+    alphabet = np.frombuffer(b"aAbBzZ @[`{09\t.,-'\x00\xc3\xa9\x80\xff", np.uint8)
+    c.input(rows, size, value=c.rng.choice(alphabet, c.live((rows, size), True)))
+    c.output(rows, c.size(1, 20), dtype=DType.I32)
+    salt = c.draw(st.sampled_from([0, 1, -1, 2**31 - 1]))
+    c.finish(lower=c.size(0, 1), strip=c.size(0, 1), split=c.size(0, 2), ngrams=c.size(1, 4), salt=salt)
+
+
+@_case("RESIZE2D", "RESIZE2D_GRAD")
+def _resize(c: Case) -> None:
+    channels = c.draw(st.sampled_from([1, 3, 17]))
+    sides = [(1, c.size(1, 9), c.size(1, 9), channels) for _ in range(2)]
+    if c.name == "RESIZE2D" and c.flag():
+        c.input(*sides[0], value=c.integers(0, 255, *c.live(sides[0], True), dtype=np.uint8))
+    else:
+        c.input(*sides[0])
+    c.output(*sides[1])
+    c.finish(mode=c.size(0, 2))
+
+
+@_case("CROP2D")
+def _crop(c: Case) -> None:
+    image, pads = [c.size(1, 7), c.size(1, 7)], [c.size(0, 3), c.size(0, 3)]
+    window = [c.size(1, side + 2 * pad) for side, pad in zip(image, pads, strict=True)]
+    channels = c.draw(st.sampled_from([1, 3]))
+    dtype = _any_dtype(c, 1, *image, channels)
+    c.output(1, *window, channels, dtype=dtype)
+    flips = {"flip_h": c.size(0, 1), "flip_v": c.size(0, 1)}
+    c.finish(
+        random=c.size(0, 1), pad_h=pads[0], pad_w=pads[1], **flips, stream=c.draw(st.integers(-(2**31), 2**31 - 1))
+    )
+
+
+@_case("QLUT_U8")
+def _byte_table(c: Case) -> None:
+    rows, channels = c.size(), c.draw(st.sampled_from([1, 3, 20]))
+    c.input(rows, channels, value=c.integers(0, 255, *c.live((rows, channels), True), dtype=np.uint8))
+    c.weight(channels, 256, value=_int8(c, channels, 256, batched=False))
+    c.output(rows, channels, dtype=DType.I8)
+    c.finish()

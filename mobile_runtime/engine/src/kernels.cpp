@@ -15,6 +15,7 @@ void register_move(Kernel* table);
 void register_loss(Kernel* table);
 void register_optimizer(Kernel* table);
 void register_int8(Kernel* table);
+void register_input(Kernel* table);
 
 void register_all(Kernel* table);
 bool all_finite(const float* values, size_t count);
@@ -30,6 +31,7 @@ void register_all(Kernel* table) {
     register_move(table);
     register_loss(table);
     register_optimizer(table);
+    register_input(table);
 #endif
 }
 

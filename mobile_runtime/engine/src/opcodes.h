@@ -59,6 +59,15 @@ constexpr uint16_t QADD = 84;
 constexpr uint16_t QMAX_POOL2D = 85;
 constexpr uint16_t QAVG_POOL2D = 86;
 constexpr uint16_t QLUT = 87;
+constexpr uint16_t CAST = 110;
+constexpr uint16_t ONE_HOT = 111;
+constexpr uint16_t BUCKETIZE = 112;
+constexpr uint16_t LOOKUP = 113;
+constexpr uint16_t TOKENIZE = 114;
+constexpr uint16_t RESIZE2D = 115;
+constexpr uint16_t RESIZE2D_GRAD = 116;
+constexpr uint16_t CROP2D = 117;
+constexpr uint16_t QLUT_U8 = 118;
 }  // namespace op
 
 namespace activation {
@@ -135,6 +144,15 @@ inline constexpr Signature kSignatures[] = {
     {85, 1, 1, 1, 1, 6, 0, 0, 0, "QMAX_POOL2D"},
     {86, 1, 1, 1, 1, 8, 0, 0, 0, "QAVG_POOL2D"},
     {87, 2, 2, 1, 1, 0, 0, 0, 1, "QLUT"},
+    {110, 1, 1, 1, 1, 0, 0, 0, 0, "CAST"},
+    {111, 1, 1, 1, 1, 2, 0, 0, 0, "ONE_HOT"},
+    {112, 2, 2, 1, 1, 1, 0, 0, 0, "BUCKETIZE"},
+    {113, 1, 2, 1, 1, 3, 0, 0, 1, "LOOKUP"},
+    {114, 1, 1, 1, 1, 5, 0, 0, 0, "TOKENIZE"},
+    {115, 1, 1, 1, 1, 1, 0, 0, 0, "RESIZE2D"},
+    {116, 1, 1, 1, 1, 1, 0, 0, 0, "RESIZE2D_GRAD"},
+    {117, 1, 1, 1, 1, 6, 0, 0, 0, "CROP2D"},
+    {118, 2, 2, 1, 1, 0, 0, 0, 0, "QLUT_U8"},
 };
 
 }  // namespace evensong

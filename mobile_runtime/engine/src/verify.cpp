@@ -6,7 +6,7 @@
 // shrinks with the batch, so that what fits for max_batch fits for every smaller batch. The grammar:
 //
 //   operand    dtype, then its shape, then ? if optional;  dtype: f float32, b int8, u uint8, i int32,
-//              j uint8 or int32, x any (all x of a rule agree)
+//              j uint8 or int32, v float32 or uint8, x any (all x of a rule agree)
 //   shape      letters: the dimensions in turn;  *X in front: the product of the leading ones;  #X: the product of all;
 //              #number: exactly so many elements
 //   attribute  s 1..32768 (stride, dilation, kernel)   p 0..32768 (padding)   n any >= 0   . any   b 0 or 1   q int8
@@ -183,6 +183,26 @@ const char* check_quantized_pool(const Context& c) {
     return wrong ? wrong : check_quantized(c);
 }
 
+const char* check_lookup(const Context& c) {
+    if (c.op.inputs > 1 && c['T'] != 2) return "its table has not two columns";
+    return c.attribute(1) && c.attribute(0) + c.attribute(1) <= int64_t(1) << 31 ? nullptr : "its bins are no ids";
+}
+
+const char* check_tokenize(const Context& c) {
+    bool fits = c.attribute(2) <= 2 && c.attribute(3) >= 1 && c.attribute(3) <= 4;
+    return fits ? nullptr : "it splits in an unknown way";
+}
+
+const char* check_resize(const Context& c) { return c.attribute(0) <= 2 ? nullptr : "its mode is unknown"; }
+
+const char* check_crop(const Context& c) {
+    bool fits = int64_t(c['P']) <= int64_t(c['H']) + 2 * c.attribute(1) &&
+                int64_t(c['Q']) <= int64_t(c['W']) + 2 * c.attribute(2);
+    return fits ? nullptr : "its window is larger than the image";
+}
+
+const char* check_byte_table(const Context& c) { return c['T'] == 256 ? nullptr : "its table has not 256 columns"; }
+
 // ------------------------------------------------------------------------------------------------- workspace, in bytes
 
 using Workspace = uint64_t (*)(const Context&);
@@ -294,6 +314,15 @@ constexpr Rule kRules[] = {
     {op::QMAX_POOL2D, "bNHWC > bNPQC | sssspp", check_quantized_pool, "NPQC01"},
     {op::QAVG_POOL2D, "bNHWC > bNPQC | ssssppbf", check_quantized_pool, "NPQC01"},
     {op::QLUT, "b#N b#256 > b#N"},
+    {op::CAST, "j#N > f#N"},
+    {op::ONE_HOT, "i*MW > f*MC | .b"},
+    {op::BUCKETIZE, "f#N fK > i#N | b"},
+    {op::LOOKUP, "i#N iKT? > i#N | .n.", check_lookup},
+    {op::TOKENIZE, "u*MB > i*MT | bbnn.", check_tokenize},
+    {op::RESIZE2D, "vNHWC > fNPQC | n", check_resize},
+    {op::RESIZE2D_GRAD, "fNPQC > fNHWC | n", check_resize},
+    {op::CROP2D, "xNHWC > xNPQC | bppbb.", check_crop},
+    {op::QLUT_U8, "u*MC bCT > b*MC", check_byte_table},
 };
 
 // ------------------------------------------------------------------------------------------------- the interpreter
@@ -319,6 +348,8 @@ bool dtype_fits(Context* c, char expected, DType dtype) {
             return dtype == DType::kI32;
         case 'j':
             return dtype == DType::kU8 || dtype == DType::kI32;
+        case 'v':
+            return dtype == DType::kF32 || dtype == DType::kU8;
         default:
             if (!c->any_bound) c->any_dtype = dtype;
             c->any_bound = true;

@@ -6,9 +6,9 @@ attribute is an activation. Every letter stands for one size in the whole line, 
 with the batch, so that what fits for ``max_batch`` fits for every smaller batch.
 
 - operand: a dtype, then a shape, then ``?`` if it is optional. Dtypes: ``f`` float32, ``b`` int8, ``u`` uint8,
-  ``i`` int32, ``j`` uint8 or int32, ``x`` any (all x of a line agree). Shapes: letters are the dimensions in turn;
-  ``*X`` in front is the product of the leading ones; ``#X`` is the product of all; ``#`` and a number is exactly so
-  many elements, not batched.
+  ``i`` int32, ``j`` uint8 or int32, ``v`` float32 or uint8, ``x`` any (all x of a line agree). Shapes: letters are the
+  dimensions in turn; ``*X`` in front is the product of the leading ones; ``#X`` is the product of all; ``#`` and a
+  number is exactly so many elements, not batched.
 - attribute: ``s`` 1 to 32768 (stride, dilation, kernel), ``p`` 0 to 32768 (padding), ``n`` any >= 0, ``.`` any,
   ``b`` 0 or 1, ``q`` an int8, ``a`` a fused activation, ``k`` an activation but NONE, ``f`` finite.
 """
@@ -74,6 +74,15 @@ SIGNATURES: dict[str, str] = {
     "QMAX_POOL2D": "bNHWC > bNPQC | sssspp",
     "QAVG_POOL2D": "bNHWC > bNPQC | ssssppbf",
     "QLUT": "b#N b#256 > b#N",
+    "CAST": "j#N > f#N",
+    "ONE_HOT": "i*MW > f*MC | .b",
+    "BUCKETIZE": "f#N fK > i#N | b",
+    "LOOKUP": "i#N iKT? > i#N | .n.",
+    "TOKENIZE": "u*MB > i*MT | bbnn.",
+    "RESIZE2D": "vNHWC > fNPQC | n",
+    "RESIZE2D_GRAD": "fNPQC > fNHWC | n",
+    "CROP2D": "xNHWC > xNPQC | bppbb.",
+    "QLUT_U8": "u*MC bCT > b*MC",
 }
 
 
@@ -102,7 +111,7 @@ def signature(name: str) -> Signature:
     return Signature(inputs, outputs, attrs)
 
 
-_OPERAND = re.compile(r"(?P<dtype>[fbuijx])(?P<product>[*#]?)(?P<sizes>[A-Z]+|\d+)\??")
+_OPERAND = re.compile(r"(?P<dtype>[fbuijvx])(?P<product>[*#]?)(?P<sizes>[A-Z]+|\d+)\??")
 
 
 def _pattern(text: str) -> Pattern:

@@ -15,6 +15,7 @@ import numpy as np
 from evensong.mobile_runtime import (  # one module a family of operations
     twin_ops_conv,
     twin_ops_elementwise,
+    twin_ops_input,
     twin_ops_int8,
     twin_ops_linear,
     twin_ops_loss,
@@ -41,6 +42,7 @@ KERNELS: dict[str, Kernel] = {
     **twin_ops_loss.KERNELS,
     **twin_ops_optimizer.KERNELS,
     **twin_ops_int8.KERNELS,
+    **twin_ops_input.KERNELS,
 }
 
 

@@ -7,7 +7,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from evensong.mobile_runtime.signatures import Pattern, signature
-from evensong.wire.program import MAX_RANK, OPS, Activation, DType, Op, Program, Tensor
+from evensong.wire.program import (
+    MAX_RANK,
+    MOST_NGRAMS,
+    OPS,
+    Activation,
+    DType,
+    Interpolation,
+    Op,
+    Program,
+    Split,
+    Tensor,
+)
 
 LOSSES = frozenset({"CROSS_ENTROPY", "MSE", "BCE_WITH_LOGITS"})
 OPTIMIZERS = frozenset({"SGD", "ADAM"})
@@ -18,6 +29,7 @@ _DTYPES = {
     "u": (DType.U8,),
     "i": (DType.I32,),
     "j": (DType.U8, DType.I32),
+    "v": (DType.F32, DType.U8),
     "x": tuple(DType),
 }
 
@@ -249,6 +261,34 @@ def _quantized_pool(view: OpView) -> str | None:
     return _pool(view) or _quantized(view)
 
 
+def _lookup(view: OpView) -> str | None:
+    if len(view.inputs) > 1 and view["T"] != 2:
+        return "its table has not two columns"
+    bins = view.integer("bins")
+    return None if bins and view.integer("first") + bins <= 1 << 31 else "its bins are no ids"
+
+
+def _tokenize(view: OpView) -> str | None:
+    fits = view.integer("split") <= Split.CHARACTERS and 1 <= view.integer("ngrams") <= MOST_NGRAMS
+    return None if fits else "it splits in an unknown way"
+
+
+def _resize(view: OpView) -> str | None:
+    return None if view.integer("mode") <= Interpolation.BILINEAR else "its mode is unknown"
+
+
+def _crop(view: OpView) -> str | None:
+    fits = all(
+        view[part] <= view[whole] + 2 * view.integer(pad)
+        for part, whole, pad in (("P", "H", "pad_h"), ("Q", "W", "pad_w"))
+    )
+    return None if fits else "its window is larger than the image"
+
+
+def _byte_table(view: OpView) -> str | None:
+    return None if view["T"] == 256 else "its table has not 256 columns"
+
+
 RULES: dict[str, Callable[[OpView], str | None]] = {
     "CONV2D": _convolution,
     "CONV2D_GRAD_INPUT": _convolution,
@@ -278,6 +318,12 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
     "QADD": _quantized,
     "QMAX_POOL2D": _quantized_pool,
     "QAVG_POOL2D": _quantized_pool,
+    "LOOKUP": _lookup,
+    "TOKENIZE": _tokenize,
+    "RESIZE2D": _resize,
+    "RESIZE2D_GRAD": _resize,
+    "CROP2D": _crop,
+    "QLUT_U8": _byte_table,
 }
 
 # ------------------------------------------------------------------------------------------------- amount of work

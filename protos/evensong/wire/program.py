@@ -73,6 +73,25 @@ class Activation(enum.IntEnum):
         return self in (Activation.RELU, Activation.RELU6, Activation.SIGMOID, Activation.TANH)
 
 
+class Split(enum.IntEnum):
+    """How TOKENIZE cuts a text into tokens."""
+
+    NONE = 0  #: the whole text is one token
+    WHITESPACE = 1
+    CHARACTERS = 2  #: every code point is one
+
+
+MOST_NGRAMS = 4  #: tokens that TOKENIZE joins into one at most
+
+
+class Interpolation(enum.IntEnum):
+    """How RESIZE2D finds a pixel."""
+
+    NEAREST = 0
+    NEAREST_EXACT = 1
+    BILINEAR = 2
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """Signature of one operation. A name that ends in ``?`` is optional; optional operands come last.
@@ -180,6 +199,16 @@ OPS: dict[str, OpSpec] = {
     "QMAX_POOL2D": _spec(85, "x", "y", _POOL, doc="x and y share scale and zero point"),
     "QAVG_POOL2D": _spec(86, "x", "y", _POOL + " count_include_pad:i ratio:f", doc="y = clamp(rne(f32(sum(x - x.zp)) * (ratio / f32(count))) + y.zp, -128, 127)"),
     "QLUT": _spec(87, "x table", "y", inplace=[(0, 0)], doc="y = table[x + 128]; table i8 [256]: activations and requantisation"),
+    # --- input: from raw data to what the first layer takes; integers and comparisons are exact on every target
+    "CAST": _spec(110, "x", "y", doc="y = x as float32"),
+    "ONE_HOT": _spec(111, "ids", "y", "first:i count:i", doc="y[m,c] = 1 if row m holds the id first + c, else 0; with count how often. Ids below first count nowhere; an id past the last column is a run-time error"),
+    "BUCKETIZE": _spec(112, "x boundaries", "y", "right:i", doc="y = how many boundaries are < x, with right <= x (torch.bucketize), by bisection"),
+    "LOOKUP": _spec(113, "x table?", "y", "first:i bins:i salt:i", inplace=[(0, 0)], doc="table rows are (key, id), keys ascending: y = the id of the key x, else first + (mix(x ^ salt) * bins >> 32); see Lookup"),
+    "TOKENIZE": _spec(114, "text", "y", "lower:i strip:i split:i ngrams:i salt:i", doc="hashes of the tokens of UTF-8 text, then zeros; see Tokens"),
+    "RESIZE2D": _spec(115, "x", "y", "mode:i", doc="NHWC, mode 0 nearest, 1 nearest-exact, 2 bilinear (torch.nn.functional.interpolate, align_corners=False); see Images"),
+    "RESIZE2D_GRAD": _spec(116, "dy", "dx", "mode:i", doc="gradient of RESIZE2D"),
+    "CROP2D": _spec(117, "x", "y", "random:i pad_h:i pad_w:i flip_h:i flip_v:i stream:i", doc="NHWC: the window of y's size in the middle of x, or with random anywhere in x widened by zeros, mirrored at random; see Images"),
+    "QLUT_U8": _spec(118, "x table", "y", doc="y[m,c] = table[c,x[m,c]]; table i8 [C,256]: what becomes of a byte by element-wise operations and QUANTIZE"),
 }  # fmt: skip
 
 OP_NAMES: dict[int, str] = {spec.code: name for name, spec in OPS.items()}
