@@ -32,8 +32,11 @@ PUBLIC_NAMES = {
     "Evaluation",
     "ExampleError",
     "MemoryReport",
+    "OperationTime",
     "PostTrainingInt8",
     "ProgramError",
+    "QuantizationAwareTraining",
+    "QuantizationReport",
     "RuntimeFault",
     "SGD",
     "Session",
@@ -44,6 +47,8 @@ PUBLIC_NAMES = {
     "engine_info",
     "load",
     "memory_report",
+    "profile",
+    "quantization_report",
 }
 
 

@@ -24,6 +24,8 @@ from evensong.mobile_runtime.errors import (
 )
 from evensong.mobile_runtime.loading import EngineInfo, engine_info, load
 from evensong.mobile_runtime.memory import MemoryReport, memory_report
+from evensong.mobile_runtime.profile import OperationTime, profile
+from evensong.mobile_runtime.quantization_report import QuantizationReport, quantization_report
 from evensong.mobile_runtime.session import Evaluation, Session, StepResult
 
 __all__ = [
@@ -38,8 +40,11 @@ __all__ = [
     "Evaluation",
     "ExampleError",
     "MemoryReport",
+    "OperationTime",
     "PostTrainingInt8",
     "ProgramError",
+    "QuantizationAwareTraining",
+    "QuantizationReport",
     "RuntimeFault",
     "Session",
     "StepResult",
@@ -49,10 +54,12 @@ __all__ = [
     "engine_info",
     "load",
     "memory_report",
+    "profile",
+    "quantization_report",
 ]
 
 _COMPILER = frozenset(
-    {"SGD", "Adam", "CompiledArtifact", "PostTrainingInt8", "compile"}
+    {"SGD", "Adam", "CompiledArtifact", "PostTrainingInt8", "QuantizationAwareTraining", "compile"}
 )  # imported on first use: it needs torch
 
 

@@ -7,7 +7,7 @@ memory planner gives wrong numbers here as it would on a device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
 import numpy as np
@@ -90,6 +90,19 @@ class TwinMachine:
                 view[...] = value
             raise
 
+    def trace(self, program: str, inputs: Sequence[Array]) -> Iterator[tuple[int, list[Array]]]:
+        """Runs a program operation by operation; yields each one's number and copies of its results."""
+        code = self._artifact.program(program)
+        first = code.tensors[code.inputs[0].tensor]
+        batch = len(inputs[0]) * code.max_batch // first.dims[0]
+        ports = [code.tensors[port.tensor] for port in code.outputs]
+        outputs = [np.zeros(_live_shape(tensor, code, batch), tensor.dtype.numpy) for tensor in ports]
+        tensors = [self._view(tensor, code, batch, inputs, outputs) for tensor in code.tensors]
+        for index, op in enumerate(code.ops):
+            with np.errstate(all="ignore"):
+                _execute(op, code, tensors, Clock(0.0, 1, 0))
+            yield index, [tensors[operand].copy() for operand in op.outputs]
+
     def prepare(self, program: int, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]) -> Prepared:
         def call(inputs: Sequence[Array], *, learning_rate: float = 0.0, step: int = 1, seed: int = 0) -> None:
             if not all(np.isfinite(array).all() for array in inputs):
@@ -124,9 +137,7 @@ class TwinMachine:
         self, tensor: Tensor, program: Program, batch: int, inputs: Sequence[Array], outputs: Sequence[Array]
     ) -> Array:
         """The live part of ``tensor``: the first ``dims[0] * batch / max_batch`` rows if it is batched."""
-        shape = tensor.dims
-        if tensor.batched:
-            shape = (shape[0] // program.max_batch * batch, *shape[1:])
+        shape = _live_shape(tensor, program, batch)
         if tensor.region == Region.INPUT:
             return inputs[tensor.offset].reshape(shape)
         if tensor.region == Region.OUTPUT:
@@ -137,6 +148,10 @@ class TwinMachine:
 
     def _is_frozen(self, op: Op, program: Program) -> bool:
         return program.tensors[op.inputs[0]].offset in self._frozen
+
+
+def _live_shape(tensor: Tensor, program: Program, batch: int) -> tuple[int, ...]:
+    return (tensor.dims[0] // program.max_batch * batch, *tensor.dims[1:]) if tensor.batched else tensor.dims
 
 
 def _execute(op: Op, program: Program, tensors: Sequence[Array], clock: Clock) -> None:

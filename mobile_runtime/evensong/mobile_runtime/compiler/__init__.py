@@ -5,5 +5,6 @@ from __future__ import annotations
 from evensong.mobile_runtime.compiler.calibrate import PostTrainingInt8
 from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
 from evensong.mobile_runtime.compiler.optimizer import SGD, Adam
+from evensong.mobile_runtime.compiler.qat import QuantizationAwareTraining
 
-__all__ = ["SGD", "Adam", "CompiledArtifact", "PostTrainingInt8", "compile"]
+__all__ = ["SGD", "Adam", "CompiledArtifact", "PostTrainingInt8", "QuantizationAwareTraining", "compile"]

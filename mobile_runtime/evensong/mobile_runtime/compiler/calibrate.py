@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from evensong.mobile_runtime.compiler.interpret import Interpreter
 from evensong.mobile_runtime.compiler.ir import Data, Graph, Node, Value
 from evensong.mobile_runtime.errors import CompileError
-from evensong.mobile_runtime.twin import KERNELS
-from evensong.mobile_runtime.twin_call import Call, Clock
-from evensong.wire.program import DType, Region, Tensor
+from evensong.wire.program import DType
 
 RangeMethod = Literal["minmax", "percentile", "mse"]
 
@@ -34,15 +34,28 @@ class PostTrainingInt8:
         activations: how a range is chosen: ``"minmax"`` covers all that was seen, ``"percentile"`` cuts the tails,
             ``"mse"`` takes the clip with the least squared error on the examples.
         percentile: kept share in percent, split between both tails, for ``"percentile"``.
+        equalize: cross-layer equalisation: channels between two layers are scaled so that both have use for the same
+            grid (Nagel et al., *Data-free quantization through weight equalization and bias correction*, ICCV 2019).
+            ``"auto"`` keeps it where the model's output then has less error on the calibration examples.
+        bias_correction: takes the mean error that rounding gives each channel of a layer off its bias (the same
+            paper).
     """
 
     calibration: Any
     activations: RangeMethod = "mse"
     percentile: float = 99.99
+    equalize: bool | Literal["auto"] = False
+    bias_correction: bool = True
 
     def __post_init__(self) -> None:
         if self.activations not in ("minmax", "percentile", "mse") or not 50 < self.percentile <= 100:
             raise CompileError("unknown way to choose ranges", got=(self.activations, self.percentile))
+        if self.equalize not in (True, False, "auto"):
+            raise CompileError("unknown way to equalise", expected='True, False or "auto"', got=self.equalize)
+
+    def calibrator(self, inputs: Sequence[Value]) -> Calibrator:
+        """For ``compile``: what measures the ranges of a model with these input ports."""
+        return Calibrator(self, inputs)
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,26 @@ class Calibrator:
     """Ranges of activations. Programs of one model share them: a value is known by how it is computed."""
 
     def __init__(self, settings: PostTrainingInt8, inputs: Sequence[Value]) -> None:
-        self._settings = settings
+        self.settings = settings
+        #: Weights in the engine's layout that take the place of a frozen tensor's, by its name.
+        self.weights: Mapping[str, Data] = {}
         self._batches = list(_batches(settings.calibration, inputs))
         self._known: dict[bytes, Quantization] = {}
+
+    def with_weights(self, weights: Mapping[str, Data]) -> Calibrator:
+        """The same ranges for other weights."""
+        other = copy(self)
+        other.weights = weights
+        return other
+
+    def examples(self, most: int) -> list[Data]:
+        """The first calibration examples, at most so many: one array for each input port."""
+        taken, found = [], 0
+        for batch in self._batches:
+            if found < most:
+                taken.append(batch)
+                found += len(batch[0])
+        return [np.concatenate(parts)[:most] for parts in zip(*taken, strict=True)]
 
     def quantizations(self, graph: Graph, frozen: Sequence[Node]) -> dict[Value, Quantization]:
         """Scale and zero point of every float32 result of ``frozen`` and of the input ports, by root value."""
@@ -71,18 +101,19 @@ class Calibrator:
     def _measure(self, graph: Graph, frozen: Sequence[Node], keys: Mapping[Value, bytes]) -> dict[bytes, Quantization]:
         seen: dict[Value, _Seen] = {value: _Seen() for value in keys}
         for batch in self._batches:
-            ports = dict(zip(graph.inputs.values(), batch, strict=False))
-            for value, content in _run(frozen, ports):
-                if value in seen:
-                    seen[value].add(content)
+            run = Interpreter(dict(zip(graph.inputs.values(), batch, strict=False)))
+            for node in frozen:
+                run.run(node)
+            for value in seen:
+                seen[value].add(run.contents[value])
         return {keys[value]: self._choose(found) for value, found in seen.items()}
 
     def _choose(self, seen: _Seen) -> Quantization:
-        if self._settings.activations == "minmax":
+        if self.settings.activations == "minmax":
             return quantization(seen.least, seen.most)
         samples = np.concatenate(seen.samples)
-        if self._settings.activations == "percentile":
-            tail = (100 - self._settings.percentile) / 2
+        if self.settings.activations == "percentile":
+            tail = (100 - self.settings.percentile) / 2
             low, high = np.percentile(samples, [tail, 100 - tail])
             return quantization(max(float(low), seen.least), min(float(high), seen.most))
         choices = [quantization(seen.least * clip, seen.most * clip) for clip in _CLIPS]
@@ -126,39 +157,6 @@ def _squared_error(samples: npt.NDArray[np.float32], choice: Quantization) -> fl
     stored = np.clip(np.rint(samples / np.float32(choice.scale)) + choice.zero_point, -128, 127)
     error = (stored - choice.zero_point) * np.float32(choice.scale) - samples
     return float(np.dot(error, error))
-
-
-def _run(nodes: Sequence[Node], ports: Mapping[Value, Data]) -> Iterator[tuple[Value, Data]]:
-    """Runs float32 nodes on the twin's kernels, in float64; yields each root value with its content."""
-    count = len(next(iter(ports.values())))
-    contents: dict[Value, Data] = dict(ports)
-    yield from ports.items()
-
-    def content(value: Value) -> Data:
-        data = contents.get(value.root)
-        if data is None:
-            data = value.root.data
-        if data is None:
-            raise AssertionError(f"{value.name} has no content")
-        return (data.astype(np.float64) if value.dtype == DType.F32 else data).reshape(shape(value))
-
-    def shape(value: Value) -> tuple[int, ...]:
-        return (value.dims[0] * count, *value.dims[1:]) if value.batched else value.dims
-
-    for node in nodes:
-        kernel: Callable[..., Any] = KERNELS[node.op]
-        tensors = [Tensor(v.dtype, Region.ARENA, shape(v), 0, v.batched) for v in (*node.inputs, *node.outputs)]
-        call = Call(
-            tuple(map(shape, node.outputs)),
-            tuple(tensors[: len(node.inputs)]),
-            tuple(tensors[len(node.inputs) :]),
-            Clock(0.0, 1, 0),
-        )
-        results = kernel(call, *map(content, node.inputs), **node.attrs)
-        several = results if isinstance(results, tuple) else (results,)
-        for value, result in zip(node.outputs, several, strict=False):
-            contents[value.root] = np.asarray(result).reshape(shape(value.root))
-            yield value.root, contents[value.root]
 
 
 def _keys(graph: Graph, nodes: Sequence[Node]) -> dict[Value, bytes]:

@@ -20,6 +20,7 @@ from evensong.mobile_runtime.compiler.calibrate import PostTrainingInt8
 from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
 from evensong.mobile_runtime.compiler.optimizer import SGD, Adam, Optimizer
 from evensong.mobile_runtime.errors import CompileError
+from evensong.mobile_runtime.quantization_report import quantization_report
 
 FAILED = 1
 
@@ -33,6 +34,7 @@ nothing and returns a torch.nn.Module, or the module and its example inputs.
 \b
   evensong compile model.py:build --input 1x28x28 --show-memory
   evensong compile model.py:build --input 9x128 --trainable 'head.*' --int8 calibration.npz
+  evensong compile model.py:build --input 1x28x28 --trainable none --int8 calibration.npz --report
   evensong compile evensong.mobile_runtime.compiler.zoo:har_cnn --input 9x128 --memory-budget 512K
 
 The learning rate is not compiled in: it comes with each training step.
@@ -81,6 +83,9 @@ def run(
     int8: Annotated[
         Path | None, typer.Option(help="Calibration examples (.npz or .npy): what is frozen then runs in int8.")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="With --int8: error and time of each layer against float32.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the model; the function's by default.")] = None,
     labels: Annotated[str | None, typer.Option(help="Names of the classes, separated by commas.")] = None,
     show_memory: Annotated[bool, typer.Option("--show-memory", help="Print what takes the memory.")] = False,
@@ -88,12 +93,15 @@ def run(
     """Compiles, writes the file, prints its hash and its memory."""
     model, examples = _build(source, [_example(shape) for shape in inputs or []])
     title = name or source.rpartition(":")[2]
+    calibration = None if int8 is None else _calibration(int8)
+    if report and calibration is None:
+        raise CompileError("--report compares int8 with float32", fix="Give calibration examples with --int8.")
     compiled = compile(
         model,
         examples,
         loss=loss,
         trainable="none" if trainable == ["none"] else trainable,
-        quantize=None if int8 is None else PostTrainingInt8(_calibration(int8)),
+        quantize=None if calibration is None else PostTrainingInt8(calibration),
         optimizer=_optimizer(optimizer, momentum, weight_decay),
         batch_size=batch_size,
         predict_batch=predict_batch,
@@ -103,6 +111,9 @@ def run(
     )
     path = compiled.save(output or Path(f"{title}.evsg"))
     _report(compiled, path, show_memory)
+    if report and calibration is not None:
+        exact = compile(model, examples, trainable="none", predict_batch=predict_batch)
+        print(f"\n{quantization_report(exact, compiled, calibration)}")
 
 
 def _report(compiled: CompiledArtifact, path: Path, show_memory: bool) -> None:

@@ -24,6 +24,7 @@ from evensong.mobile_runtime.compiler.lowering import Forward, lower
 from evensong.mobile_runtime.compiler.optimizer import SGD, Optimizer, apply_optimizer
 from evensong.mobile_runtime.compiler.passes import remove_dead, simplify
 from evensong.mobile_runtime.compiler.planner import Plan, plan
+from evensong.mobile_runtime.compiler.qat import QuantizationAwareTraining
 from evensong.mobile_runtime.compiler.quantize import quantize_frozen
 from evensong.mobile_runtime.compiler.weights import Weights, trainable_names
 from evensong.mobile_runtime.errors import BudgetError, CompileError
@@ -42,7 +43,7 @@ def compile(
     *,
     loss: str | nn.Module = "cross_entropy",
     trainable: Sequence[str] | str | None = None,
-    quantize: PostTrainingInt8 | None = None,
+    quantize: PostTrainingInt8 | QuantizationAwareTraining | None = None,
     optimizer: Optimizer | None = None,
     batch_size: int = 32,
     predict_batch: int = 1,
@@ -57,7 +58,8 @@ def compile(
         example_inputs: one array ``[n, ...]`` for each input, with ``n >= 1``; only shapes and dtypes count.
         loss: ``"cross_entropy"`` (int32 labels), ``"mse"`` or ``"bce"`` (float32 targets), or the ``torch.nn`` loss.
         trainable: what to train: None takes those with ``requires_grad``; patterns like ``["head.*"]``; ``"none"``.
-        quantize: :class:`PostTrainingInt8` runs what is frozen in int8; with nothing trainable, the whole model.
+        quantize: :class:`PostTrainingInt8` runs what is frozen in int8; with nothing trainable, the whole model. A
+            :class:`QuantizationAwareTraining` does so with the weights that it has trained.
         optimizer: :class:`SGD` (the default) or :class:`Adam`; the learning rate comes with each step.
         batch_size: the most examples of one training step.
         predict_batch: the most examples of one prediction call.
@@ -78,7 +80,7 @@ def compile(
     # 1. trace the model in each mode, 2. lower each trace to engine operations
     inference = trace(model, examples, training=False)
     weights = Weights(model, names, inference)
-    calibrator = None if quantize is None else Calibrator(quantize, _input_ports(inference, weights))
+    calibrator = None if quantize is None else quantize.calibrator(_input_ports(inference, weights))
     graphs: list[tuple[Graph, int]] = []
     if names:
         training = trace(model, examples, training=True)

@@ -75,13 +75,16 @@ class Value:
 
 @dataclass(eq=False)
 class Node:
-    """One kernel call. ``place`` is the module path in the author's model, for messages and reports."""
+    """One kernel call. ``place`` is the module path in the author's model, for messages and reports; ``source`` is the
+    float32 node that a quantised one stands for.
+    """
 
     op: str
     inputs: list[Value]
     outputs: list[Value]
     attrs: dict[str, int | float] = field(default_factory=dict)
     place: str = ""
+    source: Node | None = None
 
     def __post_init__(self) -> None:
         names = {attr.partition(":")[0] for attr in OPS[self.op].attrs}

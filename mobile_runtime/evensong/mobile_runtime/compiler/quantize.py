@@ -7,14 +7,17 @@ Values are converted where integer and float32 parts meet, so that a frozen body
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from evensong.mobile_runtime.compiler.bias_correction import EXAMPLES, correct_biases
 from evensong.mobile_runtime.compiler.calibrate import Calibrator, Quantization
-from evensong.mobile_runtime.compiler.ir import Graph, Node, Value, constant
+from evensong.mobile_runtime.compiler.equalize import equalize
+from evensong.mobile_runtime.compiler.interpret import Interpreter
+from evensong.mobile_runtime.compiler.ir import Data, Graph, Node, Value, constant
 from evensong.mobile_runtime.twin import KERNELS
 from evensong.mobile_runtime.twin_call import Call, Clock
 from evensong.wire.program import Activation, DType, Region, Tensor
@@ -26,8 +29,19 @@ def quantize_frozen(graph: Graph, calibrator: Calibrator, trainable: set[Value])
     """Rewrites the nodes of ``graph`` that nothing in ``trainable`` (root values) reaches."""
     frozen = _frozen_nodes(graph, trainable)
     _drop_frozen_dropout(graph, frozen)
+    settings = calibrator.settings
+    if settings.equalize is True or (settings.equalize == "auto" and _gains_by_equalizing(graph, calibrator, frozen)):
+        equalize(graph, frozen)
     ranges = calibrator.quantizations(graph, frozen)
     _share_ranges_of_joined(frozen, ranges, graph)
+    _replace_weights(frozen, calibrator.weights)
+    before = [replace(node) for node in frozen]
+    _rewrite(graph, frozen, ranges)
+    if settings.bias_correction:
+        correct_biases(before, graph.nodes, _ports(graph, calibrator, EXAMPLES))
+
+
+def _rewrite(graph: Graph, frozen: list[Node], ranges: Mapping[Value, Quantization]) -> None:
     work = Quantizer(graph, ranges, graph.readers())
     nodes, graph.nodes = graph.nodes, []
     convertible = set(map(id, frozen))
@@ -40,6 +54,59 @@ def quantize_frozen(graph: Graph, calibrator: Calibrator, trainable: set[Value])
             _keep(work, node)
     for name, value in graph.outputs.items():
         graph.outputs[name] = work.float_of(value)
+
+
+def _replace_weights(frozen: Sequence[Node], weights: Mapping[str, Data]) -> None:
+    """Puts others in the place of frozen weights, by their names."""
+    for node in frozen:
+        for at, value in enumerate(node.inputs):
+            if value.root.region == Region.CONST and value.root.name in weights and node.op in ("LINEAR", "CONV2D"):
+                node.inputs[at] = constant(weights[value.root.name], value.root.name).reshaped(value.dims)
+
+
+def _ports(graph: Graph, calibrator: Calibrator, most: int) -> dict[Value, Data]:
+    return dict(zip(graph.inputs.values(), calibrator.examples(most), strict=False))
+
+
+def _gains_by_equalizing(graph: Graph, calibrator: Calibrator, frozen: list[Node]) -> bool:
+    """Whether the quantised part then differs less from the float32 one, on calibration examples."""
+    errors = []
+    for with_it in (False, True):
+        nodes = [replace(node, inputs=list(node.inputs), outputs=list(node.outputs)) for node in graph.nodes]
+        trial = Graph(graph.name, nodes, dict(graph.inputs), dict(graph.outputs))
+        part = [copied for copied, node in zip(nodes, graph.nodes, strict=True) if any(node is f for f in frozen)]
+        if with_it and not equalize(trial, part):
+            return False
+        ranges = calibrator.quantizations(trial, part)
+        _share_ranges_of_joined(part, ranges, trial)
+        errors.append(_output_error(trial, part, ranges, _ports(trial, calibrator, EXAMPLES)))
+    return errors[1] < errors[0]
+
+
+def _output_error(
+    trial: Graph, part: list[Node], ranges: Mapping[Value, Quantization], ports: Mapping[Value, Data]
+) -> float:
+    """Mean squared error of what the frozen part hands on, relative to its mean square."""
+    made = {value.root for node in part for value in node.outputs}
+    handed_on = {v.root for node in trial.nodes if node not in part for v in node.inputs if v.root in made}
+    results = list(handed_on | {value.root for value in trial.outputs.values() if value.root in made})
+    exact = Interpreter(ports)
+    for node in part:
+        exact.run(node)
+    wanted = [exact.contents[value].astype(np.float64) for value in results]
+    _rewrite(trial, part, ranges)
+    rounded = Interpreter(ports)
+    for node in trial.nodes:
+        if rounded.knows(node):
+            rounded.run(node)
+    return sum(
+        float(
+            np.square(rounded.contents[value].astype(np.float64) - content).mean()
+            / max(np.square(content).mean(), 1e-30)
+        )
+        for value, content in zip(results, wanted, strict=True)
+        if value in rounded.contents
+    )
 
 
 @dataclass
@@ -133,7 +200,7 @@ def _weighted(q: Quantizer, node: Node, op: str, attrs: dict[str, int | float]) 
     name = node.inputs[1].name
     operands = [x, constant(stored, name), constant(offset, f"{name} bias"), constant(multiplier, f"{name} scale")]
     lo, hi = _limits(y, Activation(int(node.attrs["activation"])))
-    q.graph.add(op, operands, [y], q.place, **attrs, lo=lo, hi=hi)
+    q.graph.add(op, operands, [y], q.place, **attrs, lo=lo, hi=hi).source = node
     return True
 
 
@@ -205,7 +272,7 @@ def _table(q: Quantizer, node: Node) -> bool:
     tensor = Tensor(DType.F32, Region.ARENA, (256,), 0)
     call = Call(((256,),), (tensor,), (tensor,), Clock(0.0, 1, 0))
     results = np.asarray(KERNELS[node.op](call, inputs, **node.attrs), np.float64)
-    q.graph.add("QLUT", [x, _stored(results, y)], [y], q.place)
+    q.graph.add("QLUT", [x, _stored(results, y)], [y], q.place).source = node
     return True
 
 

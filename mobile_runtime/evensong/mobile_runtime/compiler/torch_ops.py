@@ -1,0 +1,178 @@
+"""The operations of an inference graph in torch, differentiable: what quantisation-aware training runs.
+
+Tensors are as the engine has them: channels-last, ``[N, H, W, C]``. Each function takes the node, the operands and the
+result's shape ``[n * rows, ...]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch.nn import functional as F
+
+from evensong.mobile_runtime.compiler.ir import Node
+from evensong.wire.program import Activation
+
+Tensors = Sequence[torch.Tensor]
+Shape = tuple[int, ...]
+TorchOp = Callable[[Node, Tensors, Shape], torch.Tensor]
+
+
+def linear(node: Node, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """LINEAR without its activation."""
+    del node
+    return F.linear(x.reshape(-1, w.shape[1]), w, b)
+
+
+def conv2d(
+    node: Node, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, shape: Shape, padding: float = 0.0
+) -> torch.Tensor:
+    """CONV2D without its activation; ``padding`` is what lies around the image."""
+    attrs = {name: int(value) for name, value in node.attrs.items() if name not in ("lo", "hi")}
+    stride, dilation = (attrs["stride_h"], attrs["stride_w"]), (attrs["dilation_h"], attrs["dilation_w"])
+    around = _around(x.shape, shape, tuple(w.shape[1:3]), stride, dilation, (attrs["pad_top"], attrs["pad_left"]))
+    image = F.pad(x.permute(0, 3, 1, 2), around, value=padding)
+    return F.conv2d(image, w.permute(0, 3, 1, 2), b, stride, 0, dilation, attrs["groups"]).permute(0, 2, 3, 1)
+
+
+def max_pool2d(node: Node, x: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """MAX_POOL2D's first result; padding never wins."""
+    kernel, stride, around = _pooling(node, x.shape, shape)
+    image = F.pad(x.permute(0, 3, 1, 2), around, value=-math.inf)
+    return F.max_pool2d(image, kernel, stride).permute(0, 2, 3, 1)
+
+
+def window_sums(node: Node, x: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the windows of an average pooling, and the number of places that each counts ``[1, P, Q, 1]``."""
+    kernel, stride, around = _pooling(node, x.shape, shape)
+    places = kernel[0] * kernel[1]
+    sums = F.avg_pool2d(F.pad(x.permute(0, 3, 1, 2), around), kernel, stride) * places
+    if node.attrs["count_include_pad"]:
+        return sums.permute(0, 2, 3, 1), torch.full((1, 1, 1, 1), float(places), dtype=x.dtype)
+    ones = F.pad(torch.ones(1, 1, *x.shape[1:3], dtype=x.dtype), around)
+    counts = torch.round(F.avg_pool2d(ones, kernel, stride) * places)
+    return sums.permute(0, 2, 3, 1), counts.permute(0, 2, 3, 1)
+
+
+def activate(y: torch.Tensor, kind: float) -> torch.Tensor:
+    """Any :class:`Activation`."""
+    return _ACTIVATIONS[Activation(int(kind))](y)
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def _linear(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    x, w, *b = operands
+    return activate(linear(node, x, w, b[0] if b else None), node.attrs["activation"])
+
+
+def _conv2d(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    x, w, *b = operands
+    return activate(conv2d(node, x, w, b[0] if b else None, shape), node.attrs["activation"])
+
+
+def _avg_pool2d(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    sums, counts = window_sums(node, operands[0], shape)
+    return sums / counts
+
+
+def _batch_norm_eval(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    x, gamma, beta, mean, var = operands
+    return (x - mean) * torch.rsqrt(var + node.attrs["eps"]) * gamma + beta
+
+
+def _layer_norm(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    x, gamma, beta = operands
+    rows = x.reshape(-1, gamma.numel())
+    return F.layer_norm(rows, (gamma.numel(),), gamma.reshape(-1), beta.reshape(-1), float(node.attrs["eps"]))
+
+
+def _binary(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> TorchOp:
+    def run(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+        a, b = operands
+        return function(a.reshape(-1, b.numel()), b.reshape(1, -1))
+
+    return run
+
+
+def _reduce_mean(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    return operands[0].reshape(-1, int(node.attrs["axis_size"]), int(node.attrs["inner_size"])).mean(dim=1)
+
+
+def _spread(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    axis, inner = int(node.attrs["axis_size"]), int(node.attrs["inner_size"])
+    return (operands[0].reshape(-1, 1, inner) / axis).expand(-1, axis, inner)
+
+
+def _transpose(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    return operands[0].permute([int(axis) for axis in node.attrs.values() if axis >= 0])
+
+
+def _slice(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    axis, start = int(node.attrs["axis"]), int(node.attrs["start"])
+    return operands[0].narrow(axis, start, shape[axis])
+
+
+#: Every float32 operation that inference graphs hold, and those that move elements of any dtype.
+TABLE: Mapping[str, TorchOp] = {
+    "LINEAR": _linear,
+    "CONV2D": _conv2d,
+    "MAX_POOL2D": lambda node, operands, shape: max_pool2d(node, operands[0], shape),
+    "AVG_POOL2D": _avg_pool2d,
+    "BATCH_NORM_EVAL": _batch_norm_eval,
+    "LAYER_NORM": _layer_norm,
+    "UNARY": lambda node, operands, shape: activate(operands[0], node.attrs["kind"]),
+    "ADD": _binary(torch.add),
+    "SUB": _binary(torch.sub),
+    "MUL": _binary(torch.mul),
+    "SCALE": lambda node, operands, shape: operands[0] * node.attrs["alpha"] + node.attrs["beta"],
+    "REDUCE_MEAN": _reduce_mean,
+    "REDUCE_MEAN_GRAD": _spread,
+    "TRANSPOSE": _transpose,
+    "CONCAT": lambda node, operands, shape: torch.cat(list(operands), dim=int(node.attrs["axis"])),
+    "SLICE": _slice,
+    "COPY": lambda node, operands, shape: operands[0],
+    "EMBEDDING": lambda node, operands, shape: operands[1][operands[0].long()],
+    "SOFTMAX": lambda node, operands, shape: torch.softmax(operands[0], dim=-1),
+    "LOG_SOFTMAX": lambda node, operands, shape: torch.log_softmax(operands[0], dim=-1),
+}
+
+_ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    Activation.NONE: lambda y: y,
+    Activation.RELU: F.relu,
+    Activation.RELU6: F.relu6,
+    Activation.HARDSWISH: F.hardswish,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda y: F.gelu(y, approximate="tanh"),
+    Activation.SIGMOID: torch.sigmoid,
+    Activation.TANH: torch.tanh,
+    Activation.SILU: F.silu,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _pooling(node: Node, image: Sequence[int], shape: Shape) -> tuple[tuple[int, int], tuple[int, int], list[int]]:
+    attrs = {name: int(value) for name, value in node.attrs.items() if name != "ratio"}
+    kernel, stride = (attrs["kernel_h"], attrs["kernel_w"]), (attrs["stride_h"], attrs["stride_w"])
+    return kernel, stride, _around(image, shape, kernel, stride, (1, 1), (attrs["pad_top"], attrs["pad_left"]))
+
+
+def _around(
+    image: Sequence[int],
+    shape: Shape,
+    kernel: tuple[int, ...],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    before: tuple[int, int],
+) -> list[int]:
+    """Padding left, right, top, bottom; right and bottom follow from the result's size, negative where input is cut."""
+    padding: list[int] = []
+    for axis in (1, 0):
+        reach = (shape[1 + axis] - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
+        padding += [before[axis], reach - image[1 + axis] - before[axis]]
+    return padding
