@@ -93,7 +93,8 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def _calls_per_block(function: Callable[[], object], block_seconds: float) -> int:
-    return max(1, int(block_seconds / max(_seconds_per_call(function, 10), 1e-6)))
+    once = _seconds_per_call(function, 1)
+    return 1 if once > block_seconds else max(1, int(block_seconds / max(_seconds_per_call(function, 10), 1e-6)))
 
 
 def _seconds_per_call(function: Callable[[], object], calls: int) -> float:
