@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evensong.mobile_runtime.errors import ExampleError
+from evensong.mobile_runtime.text import encode_text, is_text
 from evensong.wire.program import DType, Program, Tensor
 
 Array = npt.NDArray[Any]
@@ -39,9 +40,12 @@ class InputPort:
         """``value`` as a C-contiguous array of the port's dtype and shape; copied only if it has to be.
 
         float32 takes every float and integer type but uint8 (pixels that were not scaled are the commonest mistake);
-        integer ports take integers and booleans in range. Raises :class:`ExampleError`.
+        integer ports take integers and booleans in range; uint8 takes strings too, see :func:`encode_text`. Raises
+        :class:`ExampleError`.
         """
         array = np.asarray(value)
+        if self.dtype == DType.U8 and len(self.shape) > 1 and is_text(array):
+            array = encode_text(array, self.shape[-1])
         if array.dtype != self.numpy:
             array = self._cast(array)
         expected = array.shape[:1] + self.shape[1:] if self.rows and array.ndim else self.shape

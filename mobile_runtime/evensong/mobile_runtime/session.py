@@ -49,7 +49,8 @@ class Session(Protocol):
     Inputs take the artifact's shapes ``[n, ...]`` (the author's layout); any ``n >= 1`` is accepted and split into the
     program's batches, except in :meth:`train_step`, which takes at most ``max_batch`` examples and updates once. A
     float32 input takes any float or integer type except uint8 (pixels have to be scaled first); an integer input or a
-    label takes integers in range. Wrong shapes, dtypes or values raise :class:`ExampleError`.
+    label takes integers in range. A uint8 input ``[n, ..., bytes]`` takes strings ``[n, ...]`` as well: they become
+    UTF-8 padded with zeros, and lose what does not fit. Wrong shapes, dtypes or values raise :class:`ExampleError`.
 
     A loss that is not finite raises :class:`DivergedError` and leaves the state as it was before the step. A gradient
     that overflows although the loss was finite, or a weight that its update pushes out of float32's range, raises it

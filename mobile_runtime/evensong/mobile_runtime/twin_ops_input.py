@@ -12,6 +12,7 @@ import numpy as np
 
 from evensong.mobile_runtime.errors import ExampleError
 from evensong.mobile_runtime.philox import philox
+from evensong.mobile_runtime.text import PUNCTUATION, SPACES
 from evensong.mobile_runtime.twin_call import Array, Call, Clock, Kernel, rows
 from evensong.wire.program import Interpolation, Split
 
@@ -81,9 +82,9 @@ def mixed(words: Array) -> Array:
 
 _FNV_BASIS, _FNV_PRIME = 2166136261, np.uint32(16777619)
 _SPACES = np.zeros(256, bool)
-_SPACES[[*b"\t\n\v\f\r "]] = True
+_SPACES[[*SPACES]] = True
 _PUNCTUATION = np.zeros(256, bool)
-_PUNCTUATION[[*b"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"]] = True
+_PUNCTUATION[[*PUNCTUATION]] = True
 
 
 def tokenize(call: Call, text: Array, **how: int) -> Array:

@@ -161,8 +161,7 @@ def dropout(b: Builder, x: View, p: float, train: bool) -> View:
     require(p < 1, "dropout that drops everything", expected="p below 1", got=p)
     result = x.value.like(name=b.place)
     mask = Value(x.value.dims, DType.U8, batched=x.value.batched, name=b.place)
-    b.graph.add("DROPOUT", [x.value], [result, mask], b.place, p=p, stream=b.dropouts)
-    b.dropouts += 1
+    b.graph.add("DROPOUT", [x.value], [result, mask], b.place, p=p, stream=b.stream())
     return View(result, x.shape, x.order)
 
 

@@ -15,6 +15,7 @@ Number = int | float
 
 def _unary(kind: Activation) -> Callable[[Builder, View], View]:
     def lowering(b: Builder, x: View) -> View:
+        x = b.real(x)
         return View(b.emit("UNARY", [x.value], x.value.dims, kind=kind), x.shape, x.order)
 
     return lowering
@@ -100,6 +101,7 @@ def power(b: Builder, x: View, exponent: Any) -> View:
 
 def scale(b: Builder, x: View, alpha: float, beta: float) -> View:
     """``alpha x + beta``."""
+    x = b.real(x)
     if (alpha, beta) == (1.0, 0.0):
         return x
     return View(b.emit("SCALE", [x.value], x.value.dims, alpha=alpha, beta=beta), x.shape, x.order)
@@ -125,7 +127,7 @@ def _binary(b: Builder, op: str, x: View, y: View) -> View:
     """Element-wise with broadcasting: the fuller operand goes first, the other may be a row of it."""
     if op != "SUB" and _fullness(y) > _fullness(x):
         x, y = y, x
-    x, y = _padded(x, len(b.shape)), _padded(y, len(b.shape))
+    x, y = _padded(b.real(x), len(b.shape)), _padded(b.real(y), len(b.shape))
     require(
         x.shape == b.shape, "broadcasting of both operands", expected=f"one operand of shape {b.shape}", got=x.shape
     )

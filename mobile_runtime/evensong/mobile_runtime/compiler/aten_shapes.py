@@ -9,6 +9,7 @@ from typing import Any
 from evensong.mobile_runtime.compiler.builder import Builder, require
 from evensong.mobile_runtime.compiler.ir import Value
 from evensong.mobile_runtime.compiler.layout import View, reshaped, squeezed
+from evensong.wire.program import DType
 
 
 def same(b: Builder, x: View, *args: Any, **kwargs: Any) -> View:
@@ -17,10 +18,11 @@ def same(b: Builder, x: View, *args: Any, **kwargs: Any) -> View:
 
 
 def convert(b: Builder, x: View, dtype: Any, *args: Any, **kwargs: Any) -> View:
-    """``x.to(dtype)`` where the runtime's dtype stays."""
-    integers = str(dtype) in ("torch.int64", "torch.int32")
-    require(str(dtype) == "torch.float32" or integers, f"conversion to {dtype}", expected="float32 (or integer ids)")
-    require(integers == (x.value.dtype.name == "I32"), f"conversion of {x.value.dtype.name} to {dtype}")
+    """``x.to(dtype)``: integers to float32, or where the runtime's dtype stays."""
+    if str(dtype) == "torch.float32":
+        return b.real(x)
+    kept = {"torch.int64": DType.I32, "torch.int32": DType.I32, "torch.uint8": DType.U8}.get(str(dtype))
+    require(kept == x.value.dtype, f"conversion of {x.value.dtype.name} to {dtype}", expected="float32")
     return x
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from evensong.mobile_runtime.compiler.ir import Graph, Node, Value
+from evensong.mobile_runtime.errors import CompileError
 from evensong.wire.program import Activation, DType
 
 
@@ -243,7 +244,19 @@ def _softmax(g: Backward, node: Node) -> None:
     g.accumulate(x, g.emit(f"{node.op}_GRAD", [g.of(y), y], x))
 
 
-#: Operations without a rule (losses, quantised operations) end the backward pass.
+def _resize(g: Backward, node: Node) -> None:
+    x = node.inputs[0]
+    g.accumulate(x, g.emit("RESIZE2D_GRAD", [g.of(node.outputs[0])], x, **node.attrs))
+
+
+def _crop(g: Backward, node: Node) -> None:
+    raise CompileError(
+        f"a crop or flip behind something trainable ({node.place}) has no gradient",
+        fix="Put it before the first trainable layer.",
+    )
+
+
+#: Operations without a rule (losses, quantised operations, those with integer results) end the backward pass.
 RULES: Mapping[str, Callable[[Backward, Node], None]] = {
     "LINEAR": _linear,
     "CONV2D": _conv2d,
@@ -265,6 +278,8 @@ RULES: Mapping[str, Callable[[Backward, Node], None]] = {
     "SLICE": _slice,
     "COPY": _copy,
     "EMBEDDING": _embedding,
+    "RESIZE2D": _resize,
+    "CROP2D": _crop,
     "SOFTMAX": _softmax,
     "LOG_SOFTMAX": _softmax,
 }

@@ -9,6 +9,7 @@ from evensong.mobile_runtime.compiler.ir import Graph, Value
 from evensong.mobile_runtime.compiler.layout import MixesExamplesError, View, arrange, reshaped, squeezed
 from evensong.mobile_runtime.compiler.weights import Weights
 from evensong.mobile_runtime.errors import UnsupportedOperation
+from evensong.wire.program import DType
 
 NHWC = (0, 2, 3, 1)  #: the engine's order of the author's axes [N, C, H, W]
 Sizes = Sequence[int] | int
@@ -16,24 +17,33 @@ Sizes = Sequence[int] | int
 
 @dataclass
 class Builder:
-    """The graph being made; ``place`` and ``shape`` (of the result, as the author sees it) belong to the current
-    call.
+    """The graph being made; ``place``, ``shape`` (of the result, as the author sees it) and whether the result is
+    ``floating`` belong to the current call.
     """
 
     graph: Graph
     weights: Weights
     place: str = ""
     shape: tuple[int, ...] = ()
-    dropouts: int = field(default=0)
+    floating: bool = True
+    streams: int = field(default=0)  #: of random numbers, handed out so far
 
     def emit(self, op: str, inputs: Sequence[Value], dims: Sequence[int], **attrs: int | float) -> Value:
         """Adds a node with one float32 result, batched if any operand is."""
-        return self.emit_all(op, inputs, [tuple(dims)], **attrs)[0]
+        return self.emit_as(DType.F32, op, inputs, dims, **attrs)
+
+    def emit_as(
+        self, dtype: DType, op: str, inputs: Sequence[Value], dims: Sequence[int], **attrs: int | float
+    ) -> Value:
+        """The same with a result of any dtype."""
+        result = Value(tuple(dims), dtype, batched=any(value.batched for value in inputs), name=self.place)
+        self.graph.add(op, inputs, [result], self.place, **attrs)
+        return result
 
     def emit_all(
         self, op: str, inputs: Sequence[Value], dims: Sequence[tuple[int, ...]], **attrs: int | float
     ) -> list[Value]:
-        """The same with several results."""
+        """The same with several float32 results."""
         batched = any(value.batched for value in inputs)
         outputs = [Value(shape, batched=batched, name=self.place) for shape in dims]
         self.graph.add(op, inputs, outputs, self.place, **attrs)
@@ -42,6 +52,18 @@ class Builder:
     def arrange(self, view: View, order: Sequence[int]) -> Value:
         """``view``'s value with its dimensions in ``order``."""
         return arrange(self.graph, view, order, self.place)
+
+    def stream(self) -> int:
+        """A stream of random numbers for one call site."""
+        self.streams += 1
+        return self.streams - 1
+
+    def real(self, view: View) -> View:
+        """``view`` in float32, cast here if it holds integers; refuses arithmetic whose result is one."""
+        if view.value.dtype == DType.F32:
+            return view
+        require(self.floating, "arithmetic on integers", fix="Convert to float32 first: x.float().")
+        return View(self.emit("CAST", [view.value], view.value.dims), view.shape, view.order)
 
     def example_axis(self, view: View, axis: int, what: str) -> int:
         """``axis`` counted from the front; refuses the batch axis."""

@@ -41,7 +41,7 @@ The learning rate is not compiled in: it comes with each training step.
 """
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
-_DTYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
+_DTYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +66,7 @@ def run(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; NAME.evsg by default.")] = None,
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--input", help="Shape of one example, such as 1x28x28 or 16:int64; repeat for each input."),
+        typer.Option("--input", help="Shape of one example: 1x28x28, 16:int64, 3x96x96:uint8; repeat for each input."),
     ] = None,
     loss: Annotated[str, typer.Option(help="cross_entropy, mse or bce.")] = "cross_entropy",
     trainable: Annotated[
@@ -164,7 +164,11 @@ def _load_file(path: Path) -> Any:
 def _example(text: str) -> torch.Tensor:
     sizes, _, dtype = text.partition(":")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or (dtype or "float32") not in _DTYPES:
-        raise CompileError("--input is not a shape", expected="such as 1x28x28, or 16:int64 for token ids", got=text)
+        raise CompileError(
+            "--input is not a shape",
+            expected="such as 1x28x28, or 16:int64 for token ids, or 256:uint8 for text",
+            got=text,
+        )
     return torch.zeros(1, *map(int, sizes.split("x")), dtype=_DTYPES[dtype or "float32"])
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from evensong.mobile_runtime.compiler.autodiff import differentiate
+from evensong.mobile_runtime.compiler.bytes_first import fold_byte_tables
 from evensong.mobile_runtime.compiler.calibrate import Calibrator, PostTrainingInt8
 from evensong.mobile_runtime.compiler.emit import emit
 from evensong.mobile_runtime.compiler.export import Trace, trace
@@ -180,7 +181,11 @@ def _predict(traced: Trace, weights: Weights, calibrator: Calibrator | None) -> 
         value = copy
     value.root.region = Region.OUTPUT
     graph.outputs["output"] = value
-    inputs = [_describe(port, port_value) for port, port_value in graph.inputs.items()]
+    texts = {node.inputs[0].root for node in graph.nodes if node.op == "TOKENIZE"}
+    inputs = [
+        {**_describe(port, value), **({"dtype": "text"} if value in texts else {})}
+        for port, value in graph.inputs.items()
+    ]
     return graph, {"inputs": inputs, "output": _describe("output", value)}
 
 
@@ -193,6 +198,7 @@ def _finish(
     simplify(graph, trained)
     if calibrator is not None:
         quantize_frozen(graph, calibrator, set(weights.flags))
+        fold_byte_tables(graph)
         remove_dead(graph)
     forward.output = replace(view, value=graph.outputs.pop("output"))
 
@@ -212,7 +218,11 @@ def _tensors(example_inputs: Any) -> list[torch.Tensor]:
     several = isinstance(example_inputs, (list, tuple)) and any(hasattr(item, "shape") for item in example_inputs)
     examples = list(example_inputs) if several else [example_inputs]
     tensors = [item if isinstance(item, torch.Tensor) else torch.as_tensor(item) for item in examples]
-    return [tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64) for tensor in tensors]
+    return [tensor if tensor.dtype == torch.uint8 else _widened(tensor) for tensor in tensors]
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
 
 
 def _check_labels(labels: Sequence[str] | None, shape: tuple[int, ...]) -> None:

@@ -37,7 +37,12 @@ class Interpreter:
         return (value.dims[0] * self._examples, *value.dims[1:]) if value.batched else value.dims
 
     def compute(self, node: Node, *operands: Data, **attrs: int | float) -> list[Data]:
-        """The results of ``node``, on other ``operands`` if given, with some attributes replaced."""
+        """The results of ``node``, on other ``operands`` if given, with some attributes replaced.
+
+        Nothing is cut or flipped at random, so that what is measured is the same for every program of a model.
+        """
+        if node.op == "CROP2D":
+            attrs = {"random": 0, **attrs}
         kernel: Callable[..., Any] = KERNELS[node.op]
         call = Call(
             tuple(map(self.shape, node.outputs)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from evensong.mobile_runtime.compiler import aten_layers, aten_pointwise, aten_shapes, aten_windows
+from evensong.mobile_runtime.compiler import aten_input, aten_layers, aten_pointwise, aten_shapes, aten_windows
 from evensong.mobile_runtime.compiler.builder import Builder
 from evensong.mobile_runtime.compiler.export import Trace, module_path, source_line
 from evensong.mobile_runtime.compiler.ir import Graph, Value, constant
@@ -20,7 +20,13 @@ from evensong.wire.program import DType, Region
 Lowering = Callable[..., Any]
 
 #: How each ATen call becomes engine operations. The arguments are those of the ATen schema, with views for tensors.
-TABLE: Mapping[str, Lowering] = {**aten_layers.TABLE, **aten_windows.TABLE, **aten_pointwise.TABLE, **aten_shapes.TABLE}
+TABLE: Mapping[str, Lowering] = {
+    **aten_layers.TABLE,
+    **aten_windows.TABLE,
+    **aten_pointwise.TABLE,
+    **aten_shapes.TABLE,
+    **aten_input.TABLE,
+}
 
 #: What a message tells: without variants, conversions and calls that torch makes for itself.
 SUPPORTED = sorted(
@@ -28,7 +34,7 @@ SUPPORTED = sorted(
     - {"alias", "detach", "lift_fresh_copy", "to", "rsub", "mm", "t"}
 )
 
-_INPUT_DTYPES = {torch.float32: DType.F32, torch.int64: DType.I32, torch.int32: DType.I32}
+_INPUT_DTYPES = {torch.float32: DType.F32, torch.int64: DType.I32, torch.int32: DType.I32, torch.uint8: DType.U8}
 
 
 @dataclass
@@ -79,7 +85,7 @@ def _input(graph: Graph, node: torch.fx.Node) -> View:
     dtype = _INPUT_DTYPES.get(sample.dtype)
     if dtype is None:
         raise CompileError(
-            f"input {node.name!r} has an unsupported dtype", expected="float32 or int64", got=str(sample.dtype)
+            f"input {node.name!r} has an unsupported dtype", expected="float32, int64 or uint8", got=str(sample.dtype)
         )
     shape = tuple(int(size) for size in sample.shape)
     value = Value((shape[0] // PROBE_BATCH, *shape[1:]), dtype, Region.INPUT, batched=True, name=node.name)
@@ -100,6 +106,7 @@ def _call(builder: Builder, node: torch.fx.Node, known: dict[torch.fx.Node, Any]
         )
     sample = node.meta.get("val")
     builder.shape = tuple(int(size) for size in sample.shape) if isinstance(sample, torch.Tensor) else ()
+    builder.floating = not isinstance(sample, torch.Tensor) or sample.dtype.is_floating_point
     args = torch.fx.map_arg(node.args, lambda n: _resolve(known[n], weights))
     kwargs = torch.fx.map_arg(node.kwargs, lambda n: _resolve(known[n], weights))
     try:

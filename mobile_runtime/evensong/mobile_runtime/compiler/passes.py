@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from evensong.mobile_runtime.compiler.bytes_first import move_bytes_first
 from evensong.mobile_runtime.compiler.ir import Graph, Node, Value, constant
 from evensong.wire.program import OPS, Activation, Region
 
@@ -17,6 +18,7 @@ _MONOTONE = (Activation.RELU, Activation.RELU6)
 
 def simplify(graph: Graph, trained: Callable[[Value], bool]) -> None:
     """All rewrites. ``trained(value)`` tells whether the backward pass will go through ``value``."""
+    move_bytes_first(graph)
     fold_frozen_batch_norm(graph)
     fold_transposes(graph)
     pool_before_activation(graph, trained)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from evensong.mobile_runtime.compiler.ir import Node
-from evensong.wire.program import Activation
+from evensong.mobile_runtime.twin import KERNELS
+from evensong.mobile_runtime.twin_call import Call, Clock
+from evensong.wire.program import Activation, Interpolation, Region, Tensor
 
 Tensors = Sequence[torch.Tensor]
 Shape = tuple[int, ...]
@@ -116,6 +119,22 @@ def _slice(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
     return operands[0].narrow(axis, start, shape[axis])
 
 
+def _resize2d(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    mode = Interpolation(int(node.attrs["mode"])).name.lower().replace("_", "-")
+    corners = False if mode == "bilinear" else None
+    image = operands[0].float().permute(0, 3, 1, 2)
+    return F.interpolate(image, shape[1:3], mode=mode, align_corners=corners).permute(0, 2, 3, 1)
+
+
+def _without_gradient(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    """By the twin, for what has no gradient or stands before everything that is trained."""
+    arrays = [operand.detach().numpy() for operand in operands]
+    narrow = [a.astype(v.dtype.numpy) for a, v in zip(arrays, node.inputs, strict=True)]
+    tensor = Tensor(node.outputs[0].dtype, Region.ARENA, shape, 0)
+    call = Call((shape,), (), (tensor,), Clock(0.0, 1, 0))
+    return torch.from_numpy(np.ascontiguousarray(KERNELS[node.op](call, *narrow, **node.attrs)))
+
+
 #: Every float32 operation that inference graphs hold, and those that move elements of any dtype.
 TABLE: Mapping[str, TorchOp] = {
     "LINEAR": _linear,
@@ -138,6 +157,9 @@ TABLE: Mapping[str, TorchOp] = {
     "EMBEDDING": lambda node, operands, shape: operands[1][operands[0].long()],
     "SOFTMAX": lambda node, operands, shape: torch.softmax(operands[0], dim=-1),
     "LOG_SOFTMAX": lambda node, operands, shape: torch.log_softmax(operands[0], dim=-1),
+    "CAST": lambda node, operands, shape: operands[0].float(),
+    "RESIZE2D": _resize2d,
+    **dict.fromkeys(("CROP2D", "TOKENIZE", "LOOKUP", "ONE_HOT", "BUCKETIZE"), _without_gradient),
 }
 
 _ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
