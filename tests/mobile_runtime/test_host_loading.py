@@ -31,6 +31,7 @@ PUBLIC_NAMES = {
     "EngineInfo",
     "Evaluation",
     "ExampleError",
+    "KerasModule",
     "MemoryReport",
     "OperationTime",
     "PostTrainingInt8",
@@ -49,6 +50,7 @@ PUBLIC_NAMES = {
     "memory_report",
     "profile",
     "quantization_report",
+    "to_onnx",
 }
 
 

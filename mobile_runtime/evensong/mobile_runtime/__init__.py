@@ -24,6 +24,7 @@ from evensong.mobile_runtime.errors import (
 )
 from evensong.mobile_runtime.loading import EngineInfo, engine_info, load
 from evensong.mobile_runtime.memory import MemoryReport, memory_report
+from evensong.mobile_runtime.onnx_export import to_onnx
 from evensong.mobile_runtime.profile import OperationTime, profile
 from evensong.mobile_runtime.quantization_report import QuantizationReport, quantization_report
 from evensong.mobile_runtime.session import Evaluation, Session, StepResult
@@ -39,6 +40,7 @@ __all__ = [
     "EngineInfo",
     "Evaluation",
     "ExampleError",
+    "KerasModule",
     "MemoryReport",
     "OperationTime",
     "PostTrainingInt8",
@@ -56,10 +58,11 @@ __all__ = [
     "memory_report",
     "profile",
     "quantization_report",
+    "to_onnx",
 ]
 
 _COMPILER = frozenset(
-    {"SGD", "Adam", "CompiledArtifact", "PostTrainingInt8", "QuantizationAwareTraining", "compile"}
+    {"SGD", "Adam", "CompiledArtifact", "KerasModule", "PostTrainingInt8", "QuantizationAwareTraining", "compile"}
 )  # imported on first use: it needs torch
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from evensong.mobile_runtime.compiler.calibrate import PostTrainingInt8
 from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
+from evensong.mobile_runtime.compiler.keras_model import KerasModule
 from evensong.mobile_runtime.compiler.optimizer import SGD, Adam
 from evensong.mobile_runtime.compiler.qat import QuantizationAwareTraining
 
-__all__ = ["SGD", "Adam", "CompiledArtifact", "PostTrainingInt8", "QuantizationAwareTraining", "compile"]
+__all__ = ["SGD", "Adam", "CompiledArtifact", "KerasModule", "PostTrainingInt8", "QuantizationAwareTraining", "compile"]

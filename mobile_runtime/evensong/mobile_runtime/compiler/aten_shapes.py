@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evensong.mobile_runtime.compiler.builder import Builder, require
+from evensong.mobile_runtime.compiler.builder import NHWC, Builder, require
 from evensong.mobile_runtime.compiler.ir import Value
 from evensong.mobile_runtime.compiler.layout import View, reshaped, squeezed
 from evensong.wire.program import DType
@@ -42,6 +42,13 @@ def transpose(b: Builder, x: View, first: int = 0, second: int = 1) -> View:
     axes = list(range(len(x.shape)))
     if len(axes) > 1:
         axes[first], axes[second] = axes[second], axes[first]
+    return permute(b, x, axes)
+
+
+def movedim(b: Builder, x: View, source: int, destination: int) -> View:
+    """Moves one of the author's axes to another place."""
+    axes = [axis for axis in range(len(x.shape)) if axis != x.axis(source)]
+    axes.insert(x.axis(destination), x.axis(source))
     return permute(b, x, axes)
 
 
@@ -95,6 +102,21 @@ def split(b: Builder, x: View, size: int | Sequence[int], dim: int = 0) -> list[
     return [_cut(b, x, axis, start, min(start + s, total)) for start, s in zip(starts, sizes, strict=True)]
 
 
+def pad(b: Builder, x: View, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> View:
+    """Zeros around the last axes: ``padding`` is (before, after) of the last axis, then of the one before it."""
+    require(mode == "constant" and not value, "padding with something but zeros", got=mode if value is None else value)
+    if len(x.shape) == 4:
+        x = View(b.arrange(x, NHWC), x.shape, NHWC)  # where a convolution can take it in
+    for index in range(len(padding) // 2):
+        before, after = padding[2 * index : 2 * index + 2]
+        axis = len(x.shape) - 1 - index
+        if before < 0 or after < 0:
+            x = _cut(b, x, axis, max(-before, 0), x.shape[axis] - max(-after, 0))
+        if before > 0 or after > 0:
+            x = _widened(b, x, b.example_axis(x, axis, "padding"), max(before, 0), max(after, 0))
+    return x
+
+
 def chunk(b: Builder, x: View, chunks: int, dim: int = 0) -> list[View]:
     """``chunks`` pieces along one axis."""
     return split(b, x, -(-x.shape[x.axis(dim)] // chunks), dim)
@@ -117,6 +139,15 @@ def _cut(b: Builder, x: View, axis: int, start: int, stop: int) -> View:
     result = View(operand, shape, x.order)
     value = Value(result.dims(x.order), operand.dtype, batched=operand.batched, name=b.place)
     b.graph.add("SLICE", [operand], [value], b.place, axis=x.order.index(axis), start=start)
+    return View(value, shape, x.order)
+
+
+def _widened(b: Builder, x: View, axis: int, before: int, after: int) -> View:
+    shape = tuple(size + before + after if a == axis else size for a, size in enumerate(x.shape))
+    operand = b.arrange(x, x.order)
+    dims = View(operand, shape, x.order).dims(x.order)
+    value = Value(dims, operand.dtype, batched=operand.batched, name=b.place)
+    b.graph.add("SLICE_GRAD", [operand], [value], b.place, axis=x.order.index(axis), start=before)
     return View(value, shape, x.order)
 
 
@@ -146,6 +177,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "aten.to.dtype": convert,
     "aten.permute.default": permute,
     "aten.transpose.int": transpose,
+    "aten.movedim.int": movedim,
     "aten.t.default": transpose,
     "aten.cat.default": cat,
     "aten.stack.default": stack,
@@ -154,5 +186,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "aten.split.Tensor": split,
     "aten.split_with_sizes.default": split,
     "aten.chunk.default": chunk,
+    "aten.pad.default": pad,
+    "aten.constant_pad_nd.default": lambda b, x, padding, value=0.0: pad(b, x, padding, "constant", value),
     operator.getitem.__name__: item,
 }

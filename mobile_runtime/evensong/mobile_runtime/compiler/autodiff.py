@@ -230,6 +230,11 @@ def _slice(g: Backward, node: Node) -> None:
     g.accumulate(node.inputs[0], g.emit("SLICE_GRAD", [g.of(node.outputs[0])], node.inputs[0], **node.attrs))
 
 
+def _widen(g: Backward, node: Node) -> None:
+    """SLICE_GRAD in a forward pass puts zeros around a value."""
+    g.accumulate(node.inputs[0], g.emit("SLICE", [g.of(node.outputs[0])], node.inputs[0], **node.attrs))
+
+
 def _copy(g: Backward, node: Node) -> None:
     g.accumulate(node.inputs[0], g.of(node.outputs[0]).reshaped(node.inputs[0].dims))
 
@@ -276,6 +281,7 @@ RULES: Mapping[str, Callable[[Backward, Node], None]] = {
     "TRANSPOSE": _transpose,
     "CONCAT": _concat,
     "SLICE": _slice,
+    "SLICE_GRAD": _widen,
     "COPY": _copy,
     "EMBEDDING": _embedding,
     "RESIZE2D": _resize,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
@@ -19,6 +19,7 @@ from evensong.mobile_runtime.compiler.calibrate import Calibrator, PostTrainingI
 from evensong.mobile_runtime.compiler.emit import emit
 from evensong.mobile_runtime.compiler.export import Trace, trace
 from evensong.mobile_runtime.compiler.ir import Graph, Value
+from evensong.mobile_runtime.compiler.keras_model import KerasModule, is_keras_model
 from evensong.mobile_runtime.compiler.layout import arrange
 from evensong.mobile_runtime.compiler.losses import add_loss, loss_name
 from evensong.mobile_runtime.compiler.lowering import Forward, lower
@@ -33,13 +34,16 @@ from evensong.mobile_runtime.memory import MemoryReport, memory_report
 from evensong.wire.artifact import artifact_hash, encode_artifact
 from evensong.wire.program import Artifact, Region
 
+if TYPE_CHECKING:
+    import keras
+
 COMPILER_VERSION = "1"  #: changes when the same model would give other bytes
 
 Example = npt.ArrayLike | torch.Tensor
 
 
 def compile(
-    model: nn.Module,
+    model: nn.Module | keras.Model,
     example_inputs: Example | Sequence[Example],
     *,
     loss: str | nn.Module = "cross_entropy",
@@ -55,7 +59,8 @@ def compile(
     """Compiles ``model`` into programs that predict, evaluate and train without torch.
 
     Args:
-        model: any module that ``torch.export`` can trace, with one result. It is not changed.
+        model: any module that ``torch.export`` can trace, with one result, or a Keras 3 model (see
+            :class:`KerasModule`). It is not changed.
         example_inputs: one array ``[n, ...]`` for each input, with ``n >= 1``; only shapes and dtypes count.
         loss: ``"cross_entropy"`` (int32 labels), ``"mse"`` or ``"bce"`` (float32 targets), or the ``torch.nn`` loss.
         trainable: what to train: None takes those with ``requires_grad``; patterns like ``["head.*"]``; ``"none"``.
@@ -74,6 +79,8 @@ def compile(
         CompileError: anything else that cannot be compiled.
     """
     _check_sizes(batch_size, predict_batch)
+    if is_keras_model(model):
+        model = KerasModule(model)
     chosen_loss, optimizer = loss_name(loss), optimizer or SGD()
     examples = _tensors(example_inputs)
     names = trainable_names(model, trainable)

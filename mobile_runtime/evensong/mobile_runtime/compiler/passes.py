@@ -21,6 +21,7 @@ def simplify(graph: Graph, trained: Callable[[Value], bool]) -> None:
     move_bytes_first(graph)
     fold_frozen_batch_norm(graph)
     fold_transposes(graph)
+    fold_padding(graph)
     pool_before_activation(graph, trained)
     fuse_activations(graph)
     remove_dead(graph)
@@ -66,6 +67,22 @@ def fold_transposes(graph: Graph) -> None:
             reader.inputs[0] = source.reshaped((rows, features))
             reader.inputs[1] = constant(moved.reshape(weight.shape), reader.inputs[1].name)
         graph.nodes.remove(node)
+
+
+def fold_padding(graph: Graph) -> None:
+    """Zeros put around an image that only a convolution reads become its own padding."""
+    for node in [n for n in graph.nodes if n.op == "CONV2D"]:
+        while True:
+            x = node.inputs[0]
+            pad = graph.producers().get(x.root)
+            if pad is None or pad.op != "SLICE_GRAD" or pad.attrs["axis"] not in (1, 2) or x.dims != x.root.dims:
+                break
+            if len(x.dims) != 4 or len(graph.readers()[x.root]) != 1:
+                break
+            side = "pad_top" if pad.attrs["axis"] == 1 else "pad_left"
+            node.attrs = {**node.attrs, side: node.attrs[side] + pad.attrs["start"]}
+            node.inputs[0] = pad.inputs[0]
+            graph.nodes.remove(pad)
 
 
 def pool_before_activation(graph: Graph, trained: Callable[[Value], bool]) -> None:
