@@ -82,7 +82,7 @@ def instruction_sets() -> tuple[str, ...]:
             return False
         return True
 
-    return tuple(name for name in ("generic", "neon", "wasm", "sse2", "avx2", "avx512") if works(name))
+    return tuple(name for name in ("generic", "neon", "dotprod", "sse2", "avx2", "avxvnni", "avx512") if works(name))
 
 
 def run_one(

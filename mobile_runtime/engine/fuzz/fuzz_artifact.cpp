@@ -23,7 +23,7 @@ namespace {
 constexpr size_t kHeaderBytes = 64;
 constexpr uint64_t kMostMemory = uint64_t(1) << 24;  // larger artifacts are read and verified, but not opened
 constexpr uint64_t kMostWork = uint64_t(1) << 22;    // longer programs are opened, but not run
-const char* const kInstructionSets[] = {"avx512", "avx2", "sse2", "neon", "generic"};
+const char* const kInstructionSets[] = {"avx512", "avxvnni", "avx2", "sse2", "dotprod", "neon", "generic"};
 
 [[noreturn]] void fail(const char* what) {
     fprintf(stderr, "fuzz_artifact: %s\n", what);

@@ -82,33 +82,23 @@ def build_fuzzer(output: Path) -> Path:
 
     Raises :class:`FileNotFoundError` without clang++, :class:`subprocess.CalledProcessError` where compiling fails.
     """
-    from build import ENGINE, read_build_file
+    from build import ENGINE, Unit, compile_units, read_build_file
 
     compiler = shutil.which("clang++")
     if compiler is None:
         raise FileNotFoundError("clang++ was not found; Debian: apt install clang libclang-rt-14-dev")
-    flags, instruction_sets = read_build_file()
     covered = [*SANITIZE, "-fsanitize=fuzzer-no-link", "-O1", f"-I{ENGINE / 'include'}", f"-I{ENGINE / 'src'}"]
-    host = [*flags["common"], f"-DEVENSONG_BASELINE={instruction_sets[-1]}"]
-    units = [(source, "host", host) for source in ENGINE.glob("src/*.cpp") if not source.stem.startswith("kernels")]
-    units.append((FUZZ / "fuzz_artifact.cpp", "target", flags["common"]))
-    for isa in instruction_sets:
-        for source in ENGINE.glob("src/kernels*.cpp"):
-            if "-DEVENSONG_DENSE_ONLY" in flags[isa] and source.stem not in flags["dense"]:
-                continue
-            wanted = [*flags["common"], *flags.get(source.stem, flags["kernels"]), *flags[isa]]
-            units.append((source, isa, [*wanted, f"-DEVENSONG_ISA={isa}"]))
+    fuzzer = Unit(FUZZ / "fuzz_artifact.cpp", "target", tuple(read_build_file()["common"]))
 
-    def compile_unit(unit: tuple[Path, str, list[str]]) -> Path:
-        source, isa, options = unit
-        target = output.with_name(f"{isa}_{source.stem}.o")
-        command = [compiler, *options, *covered, "-w", "-c", str(source), "-o", str(target)]
+    def compile_unit(unit: Unit) -> Path:
+        target = output.with_name(f"{unit.instruction_set}_{unit.source.stem}.o")
+        command = [compiler, *unit.flags, *covered, "-w", "-c", str(unit.source), "-o", str(target)]
         subprocess.run(command, check=True)
         return target
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_unit, units))
+        objects = list(pool.map(compile_unit, [*compile_units(), fuzzer]))
     subprocess.run([compiler, *SANITIZE, "-fsanitize=fuzzer", "-o", str(output), *map(str, objects), "-lm"], check=True)
     return output
 

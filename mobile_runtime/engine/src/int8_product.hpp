@@ -25,13 +25,19 @@ struct Int8Layer {
 // One step of a dot product: as many bytes of x and w as fill a vector of cells.
 constexpr size_t kDotStep = kLanes * kGroup;
 
-#if defined(__AVX512VNNI__)
+#if defined(EVENSONG_UNSIGNED_DOT)
 // Here the weights take the unsigned side, so that x needs no change: (w + 128) x, less 128 x once for each row of x.
 EVENSONG_INLINE Ints dot_activations(const int8_t* x) { return load_as<Ints>(x); }
 EVENSONG_INLINE Ints dot_weights(const int8_t* w) { return load_as<Ints>(w) ^ int32_t(0x80808080); }
 EVENSONG_INLINE Ints dot_step(Ints sum, Ints x, Ints w) { return dot_groups(sum, w, x); }
 #else
-EVENSONG_INLINE Ints dot_activations(const int8_t* x) { return widen_pairs(x); }
+EVENSONG_INLINE Ints dot_activations(const int8_t* x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return load_as<Ints>(x);
+#else
+    return widen_pairs(x);
+#endif
+}
 EVENSONG_INLINE Ints dot_weights(const int8_t* w) { return dot_activations(w); }
 EVENSONG_INLINE Ints dot_step(Ints sum, Ints x, Ints w) { return dot_groups(sum, x, w); }
 #endif
@@ -51,9 +57,12 @@ static void multiply_row(const Int8Layer& layer, const int8_t* x, int8_t* y) {
     for (size_t k = whole; k < depth; ++k) buffer[k - last] = x[k];
     const Ints x_last = dot_activations(buffer);
 
-    Ints start = dot_step(Ints{}, x_last, offset_groups());
+    Ints start = {};
+#if defined(EVENSONG_UNSIGNED_DOT)
+    start = dot_step(start, x_last, offset_groups());
     for (size_t k = 0; k < whole; k += kDotStep) start = dot_step(start, dot_activations(x + k), offset_groups());
     start = -start;
+#endif
 
     for (size_t first = 0; first < layer.outputs; first += kLanes) {
         const size_t live = layer.outputs - first;
@@ -113,7 +122,7 @@ static void pack_weights(const Int8Layer& layer, size_t first, size_t columns, W
             for (size_t i = 0; i * kGroup < rest; ++i) store_as(to + i * kLine, square.line[i]);
         }
     }
-    if (kGroup == 2) return;
+#if defined(EVENSONG_UNSIGNED_DOT)
     for (size_t column = 0; column < columns; column += kLanes) {
         const WeightCell* from = packed + column / kPanelColumns * panel + column % kPanelColumns * kGroup;
         Ints excess = {};
@@ -122,6 +131,7 @@ static void pack_weights(const Int8Layer& layer, size_t first, size_t columns, W
         }
         store_as(bias + column, load_as<Ints>(bias + column) - excess);
     }
+#endif
 }
 
 // y[rows, columns] of a tile of kRows rows of cells (those beyond `rows` are computed and dropped) and one panel.

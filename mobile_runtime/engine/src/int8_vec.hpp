@@ -78,20 +78,40 @@ EVENSONG_INLINE int32_t narrow_weight(int8_t w) {
 }
 
 // The products of int8 come in groups that fill a 32-bit lane: four bytes where the CPU has such an instruction, else
-// two int16. A Cell holds one activation and a WeightCell one weight, as the instruction wants them.
-#if defined(__AVX512VNNI__)
+// two int16. A Cell holds one activation and a WeightCell one weight, as the instruction wants them. kRows are those of
+// a tile: with two vectors of columns their sums fill half of 32 registers, or of 16.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
+// Unsigned by signed bytes.
+#define EVENSONG_UNSIGNED_DOT
 constexpr size_t kGroup = 4;
-constexpr size_t kRows = 8;  // rows of a tile: with two vectors of columns, 16 of the 32 registers hold sums
-typedef uint8_t Cell;        // x + 128: the instruction multiplies unsigned by signed bytes
+constexpr size_t kRows = kLanes == 16 ? 8 : 4;
+typedef uint8_t Cell;  // x + 128
 typedef int8_t WeightCell;
 
 EVENSONG_INLINE Ints dot_groups(Ints sum, Ints cells, Ints weights) {
+#if EVENSONG_LANES == 16
     return Ints(_mm512_dpbusd_epi32(__m512i(sum), __m512i(cells), __m512i(weights)));
+#else
+    return Ints(_mm256_dpbusd_epi32(__m256i(sum), __m256i(cells), __m256i(weights)));
+#endif
 }
 // Cells of x = 0, and what they add too much.
 EVENSONG_INLINE Ints offset_groups() { return splat(int32_t(0x80808080)); }
 EVENSONG_INLINE void copy_step(Cell* to, const int8_t* x) { store_as(to, load_as<Ints4>(x) ^ int32_t(0x80808080)); }
+EVENSONG_INLINE Ints4 four_groups(const int8_t* w) { return load_as<Ints4>(w); }
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+constexpr size_t kGroup = 4;
+constexpr size_t kRows = 8;
+typedef int8_t Cell;
+typedef int8_t WeightCell;
+
+EVENSONG_INLINE Ints dot_groups(Ints sum, Ints cells, Ints weights) {
+    return Ints(vdotq_s32(int32x4_t(sum), int8x16_t(cells), int8x16_t(weights)));
+}
+EVENSONG_INLINE void copy_step(Cell* to, const int8_t* x) { store_as(to, load_as<Ints4>(x)); }
 EVENSONG_INLINE Ints4 four_groups(const int8_t* w) { return load_as<Ints4>(w); }
 
 #else
@@ -116,7 +136,6 @@ EVENSONG_INLINE Ints dot_groups(Ints sum, Ints cells, Ints weights) {
     return sum + ((cells << 16) >> 16) * ((weights << 16) >> 16) + (cells >> 16) * (weights >> 16);
 #endif
 }
-EVENSONG_INLINE Ints offset_groups() { return Ints{}; }
 // Eight bytes as int16; as many bytes as fill a vector, as int16.
 typedef int16_t Shorts8 __attribute__((vector_size(16)));
 EVENSONG_INLINE Shorts8 widen_eight(const int8_t* p) {

@@ -15,12 +15,14 @@
 #include <wasm_simd128.h>
 #endif
 
+#if !defined(EVENSONG_LANES)
 #if defined(__AVX512F__)
 #define EVENSONG_LANES 16
 #elif defined(__AVX2__)
 #define EVENSONG_LANES 8
 #else
 #define EVENSONG_LANES 4
+#endif
 #endif
 
 #define EVENSONG_INLINE static inline __attribute__((always_inline))
