@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scripted import FakeClock
 
 from evensong.client import ArrayExamples, Batch, ExampleStore
+from evensong.client.train import run_epochs
 from evensong.mobile_runtime import ExampleError
 
 
@@ -63,6 +64,65 @@ def test_several_inputs_and_splits_stay_apart() -> None:
     assert np.array_equal(inputs[0], first + 1) and not target.any()
 
 
+@given(st.lists(st.tuples(st.text(max_size=20), st.text(max_size=3)), min_size=1, max_size=12), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_texts_come_out_as_they_went_in_beside_other_fields(texts, as_objects) -> None:
+    pairs = np.array(texts, object if as_objects else None)
+    image = np.arange(len(texts) * 4, dtype=np.uint8).reshape(-1, 2, 2)
+    examples = store()
+    examples.add_many((image, pairs, pairs[:, 0]), np.arange(len(texts)))
+    examples.add((image[0], ["one", "two"], "one"), 99)
+    (images, both, first), target = collect(examples, 5)
+    assert images.dtype == np.uint8 and np.array_equal(images[:-1], image)
+    assert both.tolist() == [*pairs.tolist(), ["one", "two"]]
+    assert first.tolist() == [*pairs[:, 0].tolist(), "one"] and target[-1] == 99
+
+
+def test_a_store_of_texts_refuses_numbers_and_what_is_not_unicode() -> None:
+    examples = store()
+    examples.add("Hello", 1)
+    for wrong in (1.5, ["a", "b"], "\ud800"):
+        with pytest.raises(ExampleError):
+            examples.add(wrong, 0)
+    assert examples.count() == 1 and [field.dtype for field in examples.fields()] == ["text", "<i4"]
+
+
+@pytest.mark.torch
+def test_a_session_trains_on_texts_and_pixels_from_a_store() -> None:
+    import torch
+    from torch import nn
+
+    from evensong.mobile_runtime import compile, load
+    from evensong.mobile_runtime.preprocessing import Rescaling, TextVectorization, encode_text
+
+    class Captioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = TextVectorization(hash_bins=16, mode="multi_hot")
+            self.pixels = Rescaling(1 / 255)
+            self.linear = nn.Linear(16 + 4, 2)
+
+        def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+            return self.linear(torch.cat([self.words(text), self.pixels(image).flatten(1)], dim=1))
+
+    torch.manual_seed(0)
+    example = [encode_text([""], 16), np.zeros((1, 1, 2, 2), np.uint8)]
+    session = load(compile(Captioned(), example, batch_size=8))
+    examples = store()
+    for number in range(40):
+        examples.add(
+            (f"a {('good', 'bad')[number % 2]} day {number}", np.full((1, 2, 2), number, np.uint8)), number % 2
+        )
+    assert [field.dtype for field in examples.fields()] == ["text", "|u1", "<i4"]
+    order = np.random.default_rng(0)
+    run_epochs(
+        session, examples, epochs=30, batch_size=8, learning_rate=0.5, order=order, most_steps=1000,
+        between_steps=lambda: None, on_step=lambda *step: None,
+    )  # fmt: skip
+    image = np.full((2, 1, 2, 2), 20, np.uint8)
+    assert session.predict(["a good day", "a bad day"], image).argmax(axis=1).tolist() == [0, 1]
+
+
 def test_reading_ahead_in_blocks_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evensong.client.examples._READ_AHEAD_BYTES", 100)
     examples = store()
@@ -97,7 +157,8 @@ def test_age_limit_forgets_by_the_clock() -> None:
 WRONG = [
     (np.zeros((2, 4), np.float32), np.zeros(2, np.int64), "wrong shape"),
     (np.zeros((2, 3), np.complex64), np.zeros(2, np.int64), "must be numbers"),
-    (np.array([["a", "b", "c"]]), np.zeros(1, np.int64), "must be numbers"),
+    (np.array([["a", "b", "c"]]), np.zeros(1, np.int64), "wrong dtype; expected float32; got text"),
+    (np.zeros((2, 3), np.float32), np.array(["spam", "ham"]), "target must be numbers"),
     (np.zeros((2, 3), np.float32), np.zeros(3, np.int64), "same number"),
     (np.zeros((2, 3), np.float32), np.zeros(2, np.float32), "wrong dtype"),
     (np.full((2, 3), np.nan, np.float32), np.zeros(2, np.int64), "NaN or infinite"),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from evensong.client.database import Database
 from evensong.mobile_runtime.errors import ExampleError
+from evensong.mobile_runtime.text import is_text, utf8
 from evensong.wire.clock import Clock, SystemClock
 
 Array = npt.NDArray[Any]
@@ -27,6 +28,8 @@ Fields = npt.ArrayLike | Sequence[npt.ArrayLike]
 #: What an engine takes; other types are narrowed to the nearest of these where no value changes its meaning.
 _NARROWED = {"f": "<f4", "i": "<i4", "u": "<i4", "b": "|u1"}
 _KEPT = ("<f4", "<i4", "|i1", "|u1")
+_TEXT = "text"  #: dtype of a field of strings; each is stored as UTF-8 behind its length in 4 bytes
+_TYPICAL_TEXT_BYTES = 512
 _READ_AHEAD_BYTES = 8 << 20
 
 _MIGRATIONS = (
@@ -45,19 +48,20 @@ _MIGRATIONS = (
 
 @dataclass(frozen=True)
 class Field:
-    """One array of every example: its dtype (NumPy string) and shape, without the batch dimension."""
+    """One array of every example: its dtype (NumPy string, or ``"text"``) and shape, without the batch dimension."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+        """Of one example; for texts a guess."""
+        return (_TYPICAL_TEXT_BYTES if self.dtype == _TEXT else np.dtype(self.dtype).itemsize) * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``inputs`` are the model's inputs ``[n, ...]``, ``target`` the labels ``[n, ...]``."""
+    """``inputs`` are the model's inputs ``[n, ...]``, ``target`` the labels ``[n, ...]``; texts as strings."""
 
     inputs: tuple[Array, ...]
     target: Array
@@ -85,7 +89,8 @@ class ExampleStore:
 
     The first example decides the fields (dtype and shape of each input and of the target); later ones must fit them,
     and :class:`ExampleError` names what does not. float64 is stored as float32 and int64 as int32 where the values
-    allow. Per split at most ``max_rows`` are kept, the newest, and none older than ``max_age_s``.
+    allow; inputs that are strings may have any length. Per split at most ``max_rows`` are kept, the newest, and none
+    older than ``max_age_s``.
     """
 
     def __init__(
@@ -115,12 +120,14 @@ class ExampleStore:
             raise ExampleError(
                 "inputs and target must have the same number of examples", got=[array.shape for array in arrays]
             )
+        if is_text(arrays[-1]):
+            raise ExampleError("a target must be numbers", got=str(arrays[-1][0])[:40], fix="Give each label a number.")
         if not len(arrays[0]):
             return
         with self._database.transaction() as connection:
             columns = self._fitting(arrays)
             now = self._clock.unix_ms()
-            rows = zip(*([row.tobytes() for row in column] for column in columns), strict=True)
+            rows = zip(*map(_packed, columns), strict=True)
             connection.executemany(
                 "INSERT INTO examples (split, added_unix_ms, data) VALUES (?, ?, ?)",
                 ((split, now, b"".join(row)) for row in rows),
@@ -172,7 +179,7 @@ class ExampleStore:
         """The arrays in the store's dtypes; the first ones ever decide them."""
         fields = self.fields()
         if not fields:
-            fields = tuple(Field(array.dtype.str, array.shape[1:]) for array in arrays)
+            fields = tuple(Field(_dtype(array), array.shape[1:]) for array in arrays)
             description = json.dumps([[field.dtype, field.shape] for field in fields])
             with self._database.transaction() as connection:
                 connection.execute("INSERT INTO fields VALUES (1, ?)", (description,))
@@ -190,13 +197,7 @@ class ExampleStore:
             marks = ",".join("?" * len(some))
             data.update(self._database.rows(f"SELECT id, data FROM examples WHERE id IN ({marks})", some))
         blobs = [data[number] for number in ids.tolist() if number in data]
-        table = np.frombuffer(b"".join(blobs), np.uint8).reshape(len(blobs), sum(field.nbytes for field in fields))
-        arrays, offset = [], 0
-        for field in fields:
-            part = np.ascontiguousarray(table[:, offset : offset + field.nbytes])
-            arrays.append(part.view(field.dtype).reshape(len(blobs), *field.shape))
-            offset += field.nbytes
-        return arrays
+        return _unpacked(blobs, fields)
 
     def _forget(self) -> None:
         """Applies the row and age limits."""
@@ -236,14 +237,55 @@ class ArrayExamples:
             yield Batch(tuple(array[part] for array in batch.inputs), batch.target[part])
 
 
+def _packed(column: Array) -> list[bytes]:
+    """Each example of one field as bytes."""
+    if _dtype(column) != _TEXT:
+        return [row.tobytes() for row in column]
+    rows = ([utf8(str(text)) for text in np.ravel(row)] for row in column)
+    return [b"".join(len(text).to_bytes(4, "little") + text for text in row) for row in rows]
+
+
+def _unpacked(blobs: Sequence[bytes], fields: Sequence[Field]) -> list[Array]:
+    """One array a field, of examples that hold their fields one after the other."""
+    arrays: list[Array] = []
+    places = [0] * len(blobs)  # how far each is read
+    for field in fields:
+        if field.dtype == _TEXT:
+            found = [_texts(blob, place, math.prod(field.shape)) for blob, place in zip(blobs, places, strict=True)]
+            column = np.array([texts for texts, _ in found], object)
+            places = [place for _, place in found]
+        else:
+            parts = (blob[place : place + field.nbytes] for blob, place in zip(blobs, places, strict=True))
+            column = np.frombuffer(bytearray().join(parts), field.dtype)
+            places = [place + field.nbytes for place in places]
+        arrays.append(column.reshape(len(blobs), *field.shape))
+    return arrays
+
+
+def _texts(blob: bytes, place: int, count: int) -> tuple[list[str], int]:
+    """``count`` strings from ``place`` on, and the place behind them."""
+    texts = []
+    for _ in range(count):
+        start = place + 4
+        place = start + int.from_bytes(blob[start - 4 : start], "little")
+        texts.append(blob[start:place].decode())
+    return texts, place
+
+
+def _dtype(array: Array) -> str:
+    return _TEXT if is_text(array) else array.dtype.str
+
+
 def _narrowed(array: Array) -> Array:
     """In a dtype that engines know."""
-    if array.dtype.str in _KEPT:
+    if array.dtype.str in _KEPT or is_text(array):
         return array
     target = _NARROWED.get(array.dtype.kind)
     if target is None:
         raise ExampleError(
-            "examples must be numbers", expected="float32, int32, int8 or uint8, or what fits them", got=array.dtype
+            "examples must be numbers or strings",
+            expected="float32, int32, int8 or uint8, or what fits them",
+            got=array.dtype,
         )
     if target == "<i4" and array.size and not (int(array.min()) >= -(1 << 31) and int(array.max()) < 1 << 31):
         raise ExampleError("an integer is out of range", expected="32 bits", got=f"{array.min()} to {array.max()}")
@@ -256,14 +298,15 @@ def _cast(array: Array, field: Field, index: int) -> Array:
         raise ExampleError(
             f"field {index} of the example has the wrong shape", expected=field.shape, got=array.shape[1:]
         )
-    same_values = array.dtype.str == field.dtype or (array.dtype.kind in "iu" and field.dtype in ("<i4", "<f4"))
+    dtype = _dtype(array)
+    same_values = dtype == field.dtype or (array.dtype.kind in "iu" and field.dtype in ("<i4", "<f4"))
     if not same_values:
         raise ExampleError(
             f"field {index} of the example has the wrong dtype",
-            expected=np.dtype(field.dtype).name,
-            got=array.dtype.name,
+            expected=field.dtype if field.dtype == _TEXT else np.dtype(field.dtype).name,
+            got=dtype if dtype == _TEXT else array.dtype.name,
             fix="Use the dtype of the first example, or clear the store.",
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ExampleError(f"field {index} of the example holds NaN or infinite values", expected="finite numbers")
-    return np.ascontiguousarray(array, dtype=field.dtype)
+    return array if dtype == _TEXT else np.ascontiguousarray(array, dtype=field.dtype)

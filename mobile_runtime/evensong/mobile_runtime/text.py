@@ -38,11 +38,16 @@ def encode_text(texts: npt.ArrayLike, max_bytes: int) -> Bytes:
     return np.frombuffer(rows, np.uint8).reshape(*array.shape, max_bytes).copy()
 
 
-def _row(text: str, size: int) -> bytes:
+def utf8(text: str) -> bytes:
+    """``text`` in UTF-8; a lone surrogate, which has no such form, raises :class:`ExampleError`."""
     try:
-        data = text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise ExampleError("a text is not Unicode", got=error) from None
+
+
+def _row(text: str, size: int) -> bytes:
+    data = utf8(text)
     end = min(len(data), size)
     while end < len(data) and end and data[end] & 0xC0 == 0x80:  # in the middle of a code point
         end -= 1

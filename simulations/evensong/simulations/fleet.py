@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from evensong.simulations.data import DataError, Dataset, Floats, Indices, Labels
+from evensong.simulations.data import DataError, Dataset, Indices, Labels
 from evensong.simulations.partition import Divide, label_skew
 
 
 @dataclass(frozen=True)
 class Examples:
-    """``inputs`` float32 ``[n, ...]`` and ``labels`` int32 ``[n]``."""
+    """``inputs`` ``[n, ...]``, float32 or what else the model's port takes, and ``labels`` int32 ``[n]``."""
 
-    inputs: Floats
+    inputs: npt.NDArray[Any]
     labels: Labels
 
     def __len__(self) -> int:
