@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness import Row, format_table
 
-NAMES = ("runtime", "coordinator", "secagg", "accuracy")
+NAMES = ("runtime", "coordinator", "secagg", "pruning", "accuracy")
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ PUBLIC_NAMES = {
     "SGD",
     "Session",
     "StepResult",
+    "StructuredPruning",
     "UnsupportedOperation",
     "VariableError",
     "compile",
@@ -49,6 +50,7 @@ PUBLIC_NAMES = {
     "load",
     "memory_report",
     "profile",
+    "prune_channels",
     "quantization_report",
     "to_onnx",
 }

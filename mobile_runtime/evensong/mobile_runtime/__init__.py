@@ -50,6 +50,7 @@ __all__ = [
     "RuntimeFault",
     "Session",
     "StepResult",
+    "StructuredPruning",
     "UnsupportedOperation",
     "VariableError",
     "compile",
@@ -57,13 +58,25 @@ __all__ = [
     "load",
     "memory_report",
     "profile",
+    "prune_channels",
     "quantization_report",
     "to_onnx",
 ]
 
+#: Imported on first use: they need torch.
 _COMPILER = frozenset(
-    {"SGD", "Adam", "CompiledArtifact", "KerasModule", "PostTrainingInt8", "QuantizationAwareTraining", "compile"}
-)  # imported on first use: it needs torch
+    {
+        "SGD",
+        "Adam",
+        "CompiledArtifact",
+        "KerasModule",
+        "PostTrainingInt8",
+        "QuantizationAwareTraining",
+        "StructuredPruning",
+        "compile",
+        "prune_channels",
+    }
+)
 
 
 def __getattr__(name: str) -> Any:

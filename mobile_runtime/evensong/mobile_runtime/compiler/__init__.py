@@ -7,5 +7,16 @@ from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
 from evensong.mobile_runtime.compiler.keras_model import KerasModule
 from evensong.mobile_runtime.compiler.optimizer import SGD, Adam
 from evensong.mobile_runtime.compiler.qat import QuantizationAwareTraining
+from evensong.mobile_runtime.compiler.structured_pruning import StructuredPruning, prune_channels
 
-__all__ = ["SGD", "Adam", "CompiledArtifact", "KerasModule", "PostTrainingInt8", "QuantizationAwareTraining", "compile"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "CompiledArtifact",
+    "KerasModule",
+    "PostTrainingInt8",
+    "QuantizationAwareTraining",
+    "StructuredPruning",
+    "compile",
+    "prune_channels",
+]
