@@ -46,6 +46,29 @@ def test_int8_from_a_file(tmp_path: Path) -> None:
     assert "QCONV2D" in {op.name for op in decode_artifact(output.read_bytes()).program("predict").ops}
 
 
+def test_pixels_and_text_are_ports_of_bytes(tmp_path: Path) -> None:
+    source = tmp_path / "captioned_model.py"
+    source.write_text(
+        "import torch\n"
+        "from evensong.mobile_runtime.preprocessing import Rescaling, TextVectorization\n"
+        "class Captioned(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.words = TextVectorization(hash_bins=8, mode='count')\n"
+        "        self.pixels = Rescaling(1 / 255)\n"
+        "        self.linear = torch.nn.Linear(12, 2)\n"
+        "    def forward(self, image, caption):\n"
+        "        parts = [self.pixels(image).flatten(1), self.words(caption)]\n"
+        "        return self.linear(torch.cat(parts, dim=1))\n"
+    )
+    output = tmp_path / "captioned.evsg"
+    shapes = ["--input", "1x2x2:uint8", "--input", "32:uint8"]
+    assert main([f"{source}:Captioned", *shapes, "-o", str(output)]) == 0
+    session = load(output)
+    assert [port["dtype"] for port in session.artifact.manifest["inputs"]] == ["u8", "text"]
+    assert session.predict(np.zeros((2, 1, 2, 2), np.uint8), ["a cat", "no cat"]).shape == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compile_harness import ENGINES, assert_trains_like_torch, classified, normal
 from test_kernels_input import texts, tokens_of
 
-from evensong.mobile_runtime import ExampleError, PostTrainingInt8, QuantizationAwareTraining, compile, load
+from evensong.mobile_runtime import ExampleError, PostTrainingInt8, QuantizationAwareTraining, compile, load, to_onnx
 from evensong.mobile_runtime.errors import CompileError
 from evensong.mobile_runtime.preprocessing import (
     CategoryEncoding,
@@ -479,3 +479,31 @@ def test_quantisation_aware_training_sees_bytes_as_the_engine_does() -> None:
     compiled = compile(model, examples[:1], trainable="none", quantize=qat)
     expected = qat.eval()(torch.from_numpy(examples)).detach().numpy()
     np.testing.assert_array_equal(load(compiled, engine="twin").predict(examples), expected)
+
+
+ONNX = [name for name, (_, x) in LAYERS.items() if ("hash" not in name and x.dtype != np.uint8) or x is IMAGES]
+
+
+@pytest.mark.parametrize("name", [name for name in ONNX if "integers" not in name])
+def test_numbers_and_images_are_exported_to_onnx(name: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    make, x = LAYERS[name]
+    x = x.astype(np.int32) if x.dtype == np.int64 else x
+    session = load(compile(nn.Sequential(make(), Floats()), x[:1]))
+    expected = session.predict(x)
+    peer = onnxruntime.InferenceSession(to_onnx(session), providers=["CPUExecutionProvider"])
+    found = peer.run(None, {peer.get_inputs()[0].name: x})[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_an_int8_body_on_bytes_is_exported_to_onnx(name: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    examples = RNG.integers(0, 256, (32, 3, 7, 6)).astype(np.uint8)
+    session = load(
+        compile(Bytes(*BEFORE[name]), examples[:1], quantize=PostTrainingInt8(examples), trainable=["head.*"])
+    )
+    peer = onnxruntime.InferenceSession(to_onnx(session), providers=["CPUExecutionProvider"])
+    found = peer.run(None, {peer.get_inputs()[0].name: examples})[0]
+    np.testing.assert_allclose(found, session.predict(examples), atol=0.02)

@@ -311,9 +311,9 @@ Fault qlut_u8(const Call& call) {
     const uint8_t* x = call.in[0].u8();
     const int8_t* table = call.in[1].i8();
     int8_t* y = call.out[0].i8_mut();
-    const size_t channels = call.in[1].dims[0];
-    for (size_t i = 0; i < call.out[0].elements; i += channels) {
-        for (size_t c = 0; c < channels; ++c) y[i + c] = table[256 * c + x[i + c]];
+    const size_t channels = call.in[1].dims[0], count = call.out[0].elements;
+    for (size_t c = 0; c < channels; ++c, table += 256) {
+        for (size_t i = c; i < count; i += channels) y[i] = table[x[i]];
     }
     return Fault::kNone;
 }

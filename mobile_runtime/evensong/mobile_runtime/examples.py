@@ -74,7 +74,7 @@ class InputPort:
             f"{self.name!r} has the wrong dtype",
             expected=self.numpy.name,
             got=array.dtype,
-            fix="Scale the pixels as the model was trained, for instance x.astype('float32') / 255."
+            fix="Scale the pixels as in training, such as x.astype('float32') / 255, or put Rescaling into the model."
             if array.dtype == np.uint8
             else None,
         )

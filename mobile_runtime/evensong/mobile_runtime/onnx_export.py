@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from evensong.mobile_runtime import onnx_input
 from evensong.mobile_runtime.errors import ProgramError
 from evensong.mobile_runtime.session import Session
 from evensong.wire.program import OPS, Activation, DType, Op, Program, Region, Tensor
@@ -35,7 +36,7 @@ def to_onnx(session: Session, path: str | os.PathLike[str] | None = None) -> byt
         import onnx
     except ImportError:
         raise ImportError('ONNX export needs the package onnx: pip install "onnx>=1.16"') from None
-    exporter = _Exporter(session)
+    exporter = Exporter(session)
     for op in exporter.program.ops:
         _emit(exporter, op)
     model = exporter.model()
@@ -46,7 +47,7 @@ def to_onnx(session: Session, path: str | os.PathLike[str] | None = None) -> byt
     return data
 
 
-class _Exporter:
+class Exporter:
     """The graph being made. Values are known by where they lie in memory, as the engine knows them."""
 
     def __init__(self, session: Session) -> None:
@@ -157,7 +158,7 @@ def _state(session: Session) -> bytes:
     return bytes(memory)
 
 
-def _emit(g: _Exporter, op: Op) -> None:
+def _emit(g: Exporter, op: Op) -> None:
     rule = _RULES.get(op.name)
     if rule is None:
         raise ProgramError(f"{op.name} has no form in ONNX here", expected=sorted(_RULES), got=op.name)
@@ -166,19 +167,19 @@ def _emit(g: _Exporter, op: Op) -> None:
 
 
 Attributes = Mapping[str, Any]
-Rule = Callable[[_Exporter, Op, Attributes], None]
+Rule = Callable[[Exporter, Op, Attributes], None]
 
 # ------------------------------------------------------------------------------------------------------------- float32
 
 
-def _linear(g: _Exporter, op: Op, a: Attributes) -> None:
+def _linear(g: Exporter, op: Op, a: Attributes) -> None:
     x, w, *b = op.inputs
     depth = g.program.tensors[w].dims[1]
     inputs = [g.read(x, [-1, depth]), g.read(w), *map(g.read, b)]
     g.write(op.outputs[0], _activated(g, g.node("Gemm", *inputs, transB=1), a["activation"]))
 
 
-def _conv2d(g: _Exporter, op: Op, a: Attributes) -> None:
+def _conv2d(g: Exporter, op: Op, a: Attributes) -> None:
     x, w, *b = op.inputs
     weight = _array(g, w).transpose(0, 3, 1, 2)
     operands = [g.constant(weight), *map(g.read, b)]
@@ -187,7 +188,7 @@ def _conv2d(g: _Exporter, op: Op, a: Attributes) -> None:
 
 
 def _convolution(
-    g: _Exporter, image: str, op: Op, a: Attributes, operands: Sequence[str], kernel: tuple[int, ...]
+    g: Exporter, image: str, op: Op, a: Attributes, operands: Sequence[str], kernel: tuple[int, ...]
 ) -> str:
     stride, dilation = (a["stride_h"], a["stride_w"]), (a["dilation_h"], a["dilation_w"])
     image, pads = _padded(g, image, op, kernel, stride, dilation, a)
@@ -203,24 +204,24 @@ def _convolution(
     )
 
 
-def _max_pool(g: _Exporter, op: Op, a: Attributes) -> None:
+def _max_pool(g: Exporter, op: Op, a: Attributes) -> None:
     y = _pool(g, "MaxPool", _channels_first(g, g.read(op.inputs[0])), op, a)
     g.write(op.outputs[0], _channels_last(g, y))
 
 
-def _avg_pool(g: _Exporter, op: Op, a: Attributes) -> None:
+def _avg_pool(g: Exporter, op: Op, a: Attributes) -> None:
     image = _channels_first(g, g.read(op.inputs[0]))
     y = _pool(g, "AveragePool", image, op, a, count_include_pad=a["count_include_pad"])
     g.write(op.outputs[0], _channels_last(g, y))
 
 
-def _pool(g: _Exporter, kind: str, image: str, op: Op, a: Attributes, **more: int) -> str:
+def _pool(g: Exporter, kind: str, image: str, op: Op, a: Attributes, **more: int) -> str:
     kernel, stride = (a["kernel_h"], a["kernel_w"]), (a["stride_h"], a["stride_w"])
     image, pads = _padded(g, image, op, kernel, stride, (1, 1), a)
     return g.node(kind, image, kernel_shape=kernel, strides=stride, pads=pads, **more)
 
 
-def _batch_norm_eval(g: _Exporter, op: Op, a: Attributes) -> None:
+def _batch_norm_eval(g: Exporter, op: Op, a: Attributes) -> None:
     gamma, beta, mean, var = (_array(g, index).astype(np.float64) for index in op.inputs[1:])
     factor = gamma / np.sqrt(var + a["eps"])
     x = g.read(op.inputs[0], [-1, len(factor)])
@@ -228,19 +229,19 @@ def _batch_norm_eval(g: _Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], g.node("Add", scaled, g.constant(beta - mean * factor)))
 
 
-def _layer_norm(g: _Exporter, op: Op, a: Attributes) -> None:
+def _layer_norm(g: Exporter, op: Op, a: Attributes) -> None:
     x, gamma, beta = op.inputs
     size = g.program.tensors[gamma].elements
     inputs = [g.read(x, [-1, size]), g.read(gamma, [size]), g.read(beta, [size])]
     g.write(op.outputs[0], g.node("LayerNormalization", *inputs, epsilon=a["eps"], axis=-1))
 
 
-def _unary(g: _Exporter, op: Op, a: Attributes) -> None:
+def _unary(g: Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], _activated(g, g.read(op.inputs[0]), a["kind"]))
 
 
 def _binary(kind: str) -> Rule:
-    def emit(g: _Exporter, op: Op, a: Attributes) -> None:
+    def emit(g: Exporter, op: Op, a: Attributes) -> None:
         left, right = (g.program.tensors[index] for index in op.inputs)
         if right.batched == left.batched and right.elements == left.elements:
             operands = [g.read(op.inputs[0]), g.read(op.inputs[1], g.dims(op.inputs[0]))]
@@ -251,17 +252,17 @@ def _binary(kind: str) -> Rule:
     return emit
 
 
-def _scale(g: _Exporter, op: Op, a: Attributes) -> None:
+def _scale(g: Exporter, op: Op, a: Attributes) -> None:
     y = g.node("Mul", g.read(op.inputs[0]), g.constant(a["alpha"]))
     g.write(op.outputs[0], g.node("Add", y, g.constant(a["beta"])) if a["beta"] else y)
 
 
-def _reduce_mean(g: _Exporter, op: Op, a: Attributes) -> None:
+def _reduce_mean(g: Exporter, op: Op, a: Attributes) -> None:
     x = g.read(op.inputs[0], [-1, a["axis_size"], a["inner_size"]])
     g.write(op.outputs[0], g.node("ReduceMean", x, g.constant([1], np.int64), keepdims=0))
 
 
-def _spread(g: _Exporter, op: Op, a: Attributes) -> None:
+def _spread(g: Exporter, op: Op, a: Attributes) -> None:
     x = g.node("Div", g.read(op.inputs[0], [-1, 1, a["inner_size"]]), g.constant(float(a["axis_size"])))
     g.write(op.outputs[0], g.node("Tile", x, g.constant([1, a["axis_size"], 1], np.int64)))
 
@@ -273,22 +274,22 @@ def _softmax(kind: str) -> Rule:
 # ------------------------------------------------------------------------------------------------------------ movement
 
 
-def _transpose(g: _Exporter, op: Op, a: Attributes) -> None:
+def _transpose(g: Exporter, op: Op, a: Attributes) -> None:
     perm = [axis for axis in a.values() if axis >= 0]
     g.write(op.outputs[0], g.node("Transpose", g.read(op.inputs[0]), perm=perm))
 
 
-def _concat(g: _Exporter, op: Op, a: Attributes) -> None:
+def _concat(g: Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], g.node("Concat", *map(g.read, op.inputs), axis=a["axis"]))
 
 
-def _slice(g: _Exporter, op: Op, a: Attributes) -> None:
+def _slice(g: Exporter, op: Op, a: Attributes) -> None:
     size = g.program.tensors[op.outputs[0]].dims[a["axis"]]
     bounds = [g.constant([value], np.int64) for value in (a["start"], a["start"] + size, a["axis"])]
     g.write(op.outputs[0], g.node("Slice", g.read(op.inputs[0]), *bounds))
 
 
-def _widen(g: _Exporter, op: Op, a: Attributes) -> None:
+def _widen(g: Exporter, op: Op, a: Attributes) -> None:
     part, whole = g.program.tensors[op.inputs[0]], g.program.tensors[op.outputs[0]]
     before = [0] * len(whole.dims)
     after = list(before)
@@ -297,11 +298,11 @@ def _widen(g: _Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], g.node("Pad", g.read(op.inputs[0]), g.constant([*before, *after], np.int64)))
 
 
-def _copy(g: _Exporter, op: Op, a: Attributes) -> None:
+def _copy(g: Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], g.node("Identity", g.read(op.inputs[0], g.dims(op.outputs[0]))))
 
 
-def _embedding(g: _Exporter, op: Op, a: Attributes) -> None:
+def _embedding(g: Exporter, op: Op, a: Attributes) -> None:
     ids, table = op.inputs
     g.write(op.outputs[0], g.node("Gather", g.read(table), g.read(ids, [-1]), axis=0))
 
@@ -309,15 +310,15 @@ def _embedding(g: _Exporter, op: Op, a: Attributes) -> None:
 # ---------------------------------------------------------------------------------------------------------------- int8
 
 
-def _quantize(g: _Exporter, op: Op, a: Attributes) -> None:
+def _quantize(g: Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], _to_int8(g, g.read(op.inputs[0]), g.program.tensors[op.outputs[0]]))
 
 
-def _dequantize(g: _Exporter, op: Op, a: Attributes) -> None:
+def _dequantize(g: Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], _to_float(g, g.read(op.inputs[0]), g.program.tensors[op.inputs[0]]))
 
 
-def _quantized_layer(g: _Exporter, op: Op, a: Attributes) -> None:
+def _quantized_layer(g: Exporter, op: Op, a: Attributes) -> None:
     x, w, bias, multiplier = op.inputs
     source, result = g.program.tensors[x], g.program.tensors[op.outputs[0]]
     weight = _array(g, w)
@@ -340,7 +341,7 @@ def _quantized_layer(g: _Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], _to_int8(g, y, result, a["lo"], a["hi"]))
 
 
-def _quantized_add(g: _Exporter, op: Op, a: Attributes) -> None:
+def _quantized_add(g: Exporter, op: Op, a: Attributes) -> None:
     result = g.program.tensors[op.outputs[0]]
     parts = []
     for index, name in zip(op.inputs, ("scale_a", "scale_b"), strict=True):
@@ -350,20 +351,20 @@ def _quantized_add(g: _Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], _to_int8(g, g.node("Add", *parts), result, a["lo"], a["hi"]))
 
 
-def _quantized_max_pool(g: _Exporter, op: Op, a: Attributes) -> None:
+def _quantized_max_pool(g: Exporter, op: Op, a: Attributes) -> None:
     x, y = g.program.tensors[op.inputs[0]], g.program.tensors[op.outputs[0]]
     image = _to_float(g, _channels_first(g, g.read(op.inputs[0])), x)
     g.write(op.outputs[0], _to_int8(g, _channels_last(g, _pool(g, "MaxPool", image, op, a)), y))
 
 
-def _quantized_avg_pool(g: _Exporter, op: Op, a: Attributes) -> None:
+def _quantized_avg_pool(g: Exporter, op: Op, a: Attributes) -> None:
     x, y = g.program.tensors[op.inputs[0]], g.program.tensors[op.outputs[0]]
     image = _to_float(g, _channels_first(g, g.read(op.inputs[0])), x)
     pooled = _pool(g, "AveragePool", image, op, a, count_include_pad=a["count_include_pad"])
     g.write(op.outputs[0], _to_int8(g, _channels_last(g, pooled), y))
 
 
-def _table(g: _Exporter, op: Op, a: Attributes) -> None:
+def _table(g: Exporter, op: Op, a: Attributes) -> None:
     from onnx import TensorProto
 
     index = g.node("Cast", g.read(op.inputs[0]), to=TensorProto.INT32)
@@ -371,25 +372,25 @@ def _table(g: _Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], g.node("Gather", g.read(op.inputs[1]), place, axis=0))
 
 
-def _to_int8(g: _Exporter, real: str, tensor: Tensor, lo: int = -128, hi: int = 127) -> str:
+def _to_int8(g: Exporter, real: str, tensor: Tensor, lo: int = -128, hi: int = 127) -> str:
     if (lo, hi) != (-128, 127):
         bounds = [g.constant((bound - tensor.zero_point) * tensor.scale) for bound in (lo, hi)]
         real = g.node("Clip", real, *bounds)
     return g.node("QuantizeLinear", real, g.constant(tensor.scale), g.constant(tensor.zero_point, np.int8))
 
 
-def _to_float(g: _Exporter, stored: str, tensor: Tensor) -> str:
+def _to_float(g: Exporter, stored: str, tensor: Tensor) -> str:
     return _dequantized(g, stored, tensor.scale, tensor.zero_point)
 
 
-def _dequantized(g: _Exporter, stored: str, scale: float, zero_point: int) -> str:
+def _dequantized(g: Exporter, stored: str, scale: float, zero_point: int) -> str:
     return g.node("DequantizeLinear", stored, g.constant(scale), g.constant(zero_point, np.int8))
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _activated(g: _Exporter, y: str, kind: int) -> str:
+def _activated(g: Exporter, y: str, kind: int) -> str:
     match Activation(kind):
         case Activation.NONE:
             return y
@@ -406,23 +407,23 @@ def _activated(g: _Exporter, y: str, kind: int) -> str:
             return g.node({**names, Activation.TANH: "Tanh"}[other], y)
 
 
-def _array(g: _Exporter, index: int) -> Array:
+def _array(g: Exporter, index: int) -> Array:
     array = g.array(index)
     if array is None:
         raise ProgramError("a weight that is computed in the program has no form in ONNX here")
     return array
 
 
-def _channels_first(g: _Exporter, image: str) -> str:
+def _channels_first(g: Exporter, image: str) -> str:
     return g.node("Transpose", image, perm=[0, 3, 1, 2])
 
 
-def _channels_last(g: _Exporter, image: str) -> str:
+def _channels_last(g: Exporter, image: str) -> str:
     return g.node("Transpose", image, perm=[0, 2, 3, 1])
 
 
 def _padded(
-    g: _Exporter,
+    g: Exporter,
     image: str,
     op: Op,
     kernel: tuple[int, ...],
@@ -474,4 +475,5 @@ _RULES: Mapping[str, Rule] = {
     "QMAX_POOL2D": _quantized_max_pool,
     "QAVG_POOL2D": _quantized_avg_pool,
     "QLUT": _table,
+    **onnx_input.RULES,
 }

@@ -12,7 +12,7 @@ from evensong.mobile_runtime.compiler.ir import Graph, Node, Value, constant
 from evensong.mobile_runtime.twin_ops_int8 import to_int8
 from evensong.wire.program import DType, Region
 
-_MOVES = ("TRANSPOSE", "SLICE", "COPY", "CROP2D")
+_MOVES = ("TRANSPOSE", "SLICE", "SLICE_GRAD", "COPY", "CROP2D")
 _BY_ELEMENT = ("SCALE", "UNARY")
 _BY_ROW: Mapping[str, Callable[..., npt.NDArray[np.float32]]] = {"ADD": np.add, "SUB": np.subtract, "MUL": np.multiply}
 _MOST_ROWS = 64  #: of 256 bytes, in one table
@@ -37,8 +37,11 @@ def _swapped(graph: Graph, move: Node) -> bool:
         if before.op == "CAST":
             move.inputs[0] = source
         return before.op == "CAST"
-    keeps_zero = before.op == "CAST" or not (move.op == "CROP2D" and (move.attrs["pad_h"] or move.attrs["pad_w"]))
-    if not keeps_zero or len(graph.readers()[before.outputs[0].root]) != 1 or _is_output(graph, before):
+    if (
+        (_adds_zeros(move) and before.op != "CAST")
+        or len(graph.readers()[before.outputs[0].root]) != 1
+        or _is_output(graph, before)
+    ):
         return False
     result = move.outputs[0]
     moved = Value(result.dims, source.dtype, batched=result.batched, name=result.name)
@@ -47,6 +50,10 @@ def _swapped(graph: Graph, move: Node) -> bool:
     before.inputs[0], before.outputs[0] = moved, result
     graph.nodes.insert(graph.nodes.index(move) + 1, before)
     return True
+
+
+def _adds_zeros(move: Node) -> bool:
+    return move.op == "SLICE_GRAD" or (move.op == "CROP2D" and bool(move.attrs["pad_h"] or move.attrs["pad_w"]))
 
 
 def _starts_from_bytes(graph: Graph, node: Node) -> bool:
