@@ -91,17 +91,18 @@ void fill(Draw* draw, DType dtype, void* data, size_t size) {
 
 // Host buffers of exactly the right size, on the heap: the address sanitizer sees the first byte beyond.
 struct Buffers {
-    Array<evensong_buffer> list;
+    evensong_buffer list[256];
+    uint32_t count;
 
-    Buffers(const evensong_engine* engine, uint32_t program, bool output, uint32_t batch) {
-        list.allocate(evensong_port_count(engine, program, output));
-        for (uint32_t i = 0; i < list.size; ++i) {
+    Buffers(const evensong_engine* engine, uint32_t program, bool output, uint32_t batch)
+        : count(evensong_port_count(engine, program, output)) {
+        for (uint32_t i = 0; i < count; ++i) {
             list[i].size = evensong_port_bytes(engine, program, output, i, batch);
             list[i].data = calloc(1, list[i].size);
         }
     }
     ~Buffers() {
-        for (const evensong_buffer& buffer : list) free(buffer.data);
+        for (uint32_t i = 0; i < count; ++i) free(list[i].data);
     }
 };
 
@@ -110,7 +111,7 @@ void run_program(evensong_engine* engine, const Model& model, uint32_t index, Dr
     const uint32_t batch = 1 + draw.below(program.max_batch < 4 ? program.max_batch : 4);
     Buffers inputs(engine, index, false, batch), outputs(engine, index, true, batch);
     for (uint32_t step = 1; step <= 2; ++step) {
-        for (uint32_t i = 0; i < inputs.list.size; ++i) {
+        for (uint32_t i = 0; i < inputs.count; ++i) {
             fill(&draw, program.tensors[program.inputs[i].tensor].dtype, inputs.list[i].data, inputs.list[i].size);
         }
         evensong_options options = {};
@@ -120,24 +121,48 @@ void run_program(evensong_engine* engine, const Model& model, uint32_t index, Dr
         options.seed = draw.next();
         char message[160];
         const size_t before = allocations;
-        evensong_run(engine, index, batch, inputs.list.data, uint32_t(inputs.list.size), outputs.list.data,
-                     uint32_t(outputs.list.size), &options, message, sizeof message);
+        evensong_run(engine, index, batch, inputs.list, inputs.count, outputs.list, outputs.count, &options, message,
+                     sizeof message);
         if (allocations != before) fail("a run allocated memory");
     }
+}
+
+// In memory of the host's, exactly as much as the engine asks for. Null if it refuses.
+evensong_engine* open_in(const char* instruction_set, const uint8_t* bytes, size_t size, uint32_t flags,
+                         void** memory) {
+    size_t needed;
+    char message[160];
+    evensong_engine* engine = nullptr;
+    if (evensong_memory_needed(bytes, size, flags, &needed, message, sizeof message) != EVENSONG_OK) return nullptr;
+    if (posix_memalign(memory, 64, needed)) return nullptr;
+    memset(*memory, 0xa5, needed);
+    if (needed > 64 && evensong_open_in(*memory, needed - 1, instruction_set, bytes, size, flags, &engine, message,
+                                        sizeof message) == EVENSONG_OK) {
+        fail("an engine in less memory than it needs");
+    }
+    evensong_open_in(*memory, needed, instruction_set, bytes, size, flags, &engine, message, sizeof message);
+    return engine;
 }
 
 void open_and_run(const char* instruction_set, const uint8_t* bytes, size_t size, const Model& model, uint32_t seed) {
     char message[160];
     evensong_engine* engine = nullptr;
+    void* memory = nullptr;
     const size_t before = held_bytes;
-    evensong_status status = evensong_open_on(instruction_set, bytes, size, seed & 1 ? EVENSONG_BORROW : 0, &engine,
-                                              message, sizeof message);
+    const uint32_t flags = seed & 1 ? EVENSONG_BORROW : 0;
+    const evensong_status status =
+        evensong_open_on(instruction_set, bytes, size, flags, &engine, message, sizeof message);
     if (status != EVENSONG_OK) {
         if (!message[0]) fail("a refusal without a message");
         if (held_bytes != before) fail("a refusal that keeps memory");
         return;
     }
     if (held_bytes - before > evensong_memory_bytes(engine)) fail("an engine holds more than it says");
+    if (seed & 2) {
+        evensong_close(engine);
+        engine = open_in(instruction_set, bytes, size, flags, &memory);
+        if (!engine) fail("an artifact that opens, but not in the host's memory");
+    }
     Draw draw = {seed};
     if (model.variables.size && draw.below(3) == 0) {
         const uint32_t frozen = draw.below(uint32_t(model.variables.size));
@@ -147,6 +172,19 @@ void open_and_run(const char* instruction_set, const uint8_t* bytes, size_t size
         if (model.programs[i].work <= kMostWork) run_program(engine, model, i, draw);
     }
     evensong_close(engine);
+    free(memory);
+}
+
+// Parses and verifies into `memory`, which is exactly as large as it has to be.
+bool read_model(const uint8_t* bytes, size_t size, void** memory, Model* model) {
+    Report report(nullptr, 0);
+    Sections sections;
+    if (read_sections(bytes, size, &sections, &report) != EVENSONG_OK) return false;
+    const Parts parts = count_parts(sections);
+    const size_t needed = size_t(model_bytes(parts) + model_scratch(parts));
+    *memory = calloc(1, needed);
+    Block block(*memory, needed);
+    return parse(sections, parts, &block, model, &report) == EVENSONG_OK && verify(model, &report) == EVENSONG_OK;
 }
 
 // What an artifact declares, or more than any limit if the bytes are no artifact that could be opened.
@@ -179,17 +217,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     repair(bytes, size);
     uint32_t seed;
     memcpy(&seed, bytes + 16, 4);
-    {
-        Model model;
-        Report report(nullptr, 0);
-        const bool accepted =
-            parse(bytes, size, &model, &report) == EVENSONG_OK && verify(&model, &report) == EVENSONG_OK;
-        if (!accepted) {
-            open_and_run(nullptr, bytes, size, model, seed);  // must be refused as well
-        } else if (declared_memory(model) <= kMostMemory) {
-            for (const char* set : kInstructionSets) open_and_run(set, bytes, size, model, seed);
-        }
+    Model model;
+    void* memory = nullptr;
+    if (!read_model(bytes, size, &memory, &model)) {
+        open_and_run(nullptr, bytes, size, model, seed);  // must be refused as well
+    } else if (declared_memory(model) <= kMostMemory) {
+        for (const char* set : kInstructionSets) open_and_run(set, bytes, size, model, seed);
     }
+    free(memory);
     free(copy);
     return 0;
 }

@@ -29,10 +29,12 @@ bool may_wait(const Program& program, size_t first, size_t last) {
 
 }  // namespace
 
-bool fuse(Model* model) {
+bool fuse(Block* block, Model* model) {
     for (Program& program : model->programs) {
-        Array<uint32_t> readers;
-        if (!readers.allocate(program.tensors.size)) return false;
+        const size_t bytes = program.tensors.size * sizeof(uint32_t);
+        uint32_t* readers = static_cast<uint32_t*>(block->scratch(bytes));
+        if (!readers) return false;
+        memset(readers, 0, bytes);
         for (const Op& op : program.ops) {
             for (uint32_t k = 0; k < op.inputs; ++k) ++readers[op.operands[k]];
         }
@@ -49,6 +51,7 @@ bool fuse(Model* model) {
                 break;
             }
         }
+        memset(readers, 0, bytes);  // whoever takes this memory next expects zeros
     }
     return true;
 }

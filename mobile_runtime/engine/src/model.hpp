@@ -1,11 +1,10 @@
-// A parsed artifact: plain arrays in one allocation each, sizes known, every offset inside its region.
+// A parsed artifact: plain arrays in one block of memory, sizes known, every offset inside its region.
 #pragma once
 
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "evensong.h"
@@ -19,6 +18,7 @@ constexpr size_t kAlignment = 64;
 constexpr uint32_t kMaxRank = 6;
 constexpr uint64_t kMaxArtifactBytes = uint64_t(1) << 31;
 
+constexpr uint64_t align(uint64_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
 constexpr uint32_t itemsize(DType dtype) { return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 1; }
 
 // A status and the sentence that goes with it.
@@ -40,34 +40,52 @@ class Report {
     size_t capacity_;
 };
 
-// A zeroed array that frees itself; `data` is null when memory ran out. All bits zero must be a valid T.
+// Zeroed memory, handed out from its start and never given back one by one.
+class Block {
+  public:
+    static constexpr uint64_t round_up(uint64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+    Block() = default;
+    Block(void* memory, size_t size) : next_(static_cast<char*>(memory)), left_(size) {}  // from a multiple of 8
+    // Null when it is used up.
+    void* take(uint64_t bytes) {
+        void* taken = scratch(bytes);
+        if (taken) next_ += round_up(bytes), left_ -= size_t(round_up(bytes));
+        return taken;
+    }
+    // The same memory that take() will give next, for use until then.
+    void* scratch(uint64_t bytes) const { return bytes <= left_ && round_up(bytes) <= left_ ? next_ : nullptr; }
+    size_t left() const { return left_; }
+
+  private:
+    char* next_ = nullptr;
+    size_t left_ = 0;
+};
+
+// An array in a Block. All bits zero must be a valid T; nothing is ever destroyed.
 template <class T>
 struct Array {
     T* data = nullptr;
     size_t size = 0;
 
-    Array() = default;
-    Array(const Array&) = delete;
-    Array& operator=(const Array&) = delete;
-    ~Array() {
-        for (T& item : *this) item.~T();
-        free(data);
-    }
-    bool allocate(size_t count) {  // once
-        data = static_cast<T*>(calloc(count ? count : 1, sizeof(T)));
+    bool allocate(Block* block, size_t count) {
+        data = static_cast<T*>(block->take(uint64_t(count) * sizeof(T)));
         size = data ? count : 0;
         return data != nullptr;
     }
     T& operator[](size_t index) { return data[index]; }
     const T& operator[](size_t index) const { return data[index]; }
-    size_t bytes() const { return (size ? size : 1) * sizeof(T); }
     T* begin() const { return data; }
     T* end() const { return data + size; }
 };
 
 struct Variable {
+    const char* name;
     DType dtype;
     bool trainable;  // else a buffer
+    uint8_t rank;
+    uint8_t perm[kMaxRank];   // axis i of the author's array is axis perm[i] here
+    uint32_t dims[kMaxRank];  // as it lies in STATE
     uint64_t offset, bytes;
 };
 
@@ -99,11 +117,12 @@ struct Op {
 };
 
 struct Port {
+    const char* name;
     uint32_t tensor;
 };
 
 struct Program {
-    char name[256];
+    const char* name;
     uint32_t max_batch;
     uint64_t arena_bytes, workspace_bytes;
     uint64_t work;  // multiply-adds of one run of max_batch examples, by the verifier's count
@@ -122,11 +141,36 @@ struct Model {
     Array<Program> programs;
     Array<uint32_t> operand_pool;
     Array<Attribute> attribute_pool;
+    Array<char> names;  // one after the other, each ended by a zero
 };
 
-// Reads the frame and the structure: afterwards every count, index and offset is in range. Operands are not yet
-// matched.
-evensong_status parse(const uint8_t* bytes, size_t size, Model* model, Report* report);
+// The sections of an artifact, inside its bytes.
+struct Sections {
+    struct Section {
+        const uint8_t* data;
+        size_t size;
+    };
+    Section manifest, variables, programs, constants, state;
+};
+
+// Checks the frame: magic, version, length, checksum, table of sections.
+evensong_status read_sections(const uint8_t* bytes, size_t size, Sections* out, Report* report);
+
+// How many of everything an artifact has, and the largest of each kind of memory.
+struct Parts {
+    uint64_t variables, buffers, programs, ports, tensors, most_tensors, operations, operands, attributes, name_bytes;
+    uint64_t constants, state, slots, arena, workspace, buffer_bytes;
+};
+
+// Reads nothing but counts and sizes. Of a broken artifact it counts at least what parse() needs to say what is wrong.
+Parts count_parts(const Sections& sections);
+
+// What the arrays of a Model take, and what parse() and fuse() use for a while on top.
+uint64_t model_bytes(const Parts& parts);
+uint64_t model_scratch(const Parts& parts);
+
+// Reads the structure: afterwards every count, index and offset is in range. Operands are not yet matched.
+evensong_status parse(const Sections& sections, const Parts& parts, Block* block, Model* model, Report* report);
 
 // Matches every operation with its operands (dtypes, ranks, sizes, attributes, regions, overlaps, workspace, amount of
 // work) and sets Op::variable. Afterwards no kernel can leave its memory.
@@ -134,7 +178,7 @@ evensong_status verify(Model* model, Report* report);
 
 // Sets Op::partner where a weight's gradient need not stand in memory between its computation and its use. False: no
 // memory.
-bool fuse(Model* model);
+bool fuse(Block* block, Model* model);
 
 // Whether two tensors of one program share memory, for any batch.
 bool overlap(const Tensor& a, const Tensor& b);

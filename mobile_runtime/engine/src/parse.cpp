@@ -2,8 +2,13 @@
 // hold.
 #include "model.hpp"
 #include "opcodes.h"
+#include "workspace.hpp"
 
 namespace evensong {
+
+using workspace::larger;
+using workspace::smaller;
+
 namespace {
 
 constexpr size_t kHeaderBytes = 64;
@@ -15,14 +20,7 @@ constexpr uint32_t kMostTensors = 1u << 18;
 constexpr uint32_t kMostOps = 1u << 16;
 constexpr uint32_t kMostBatch = 1u << 20;
 
-enum SectionKind : uint32_t {
-    kManifest = 1,
-    kVariables = 2,
-    kPrograms = 3,
-    kConstants = 4,
-    kState = 5,
-    kSectionKinds = 6
-};
+constexpr uint32_t kSectionKinds = 5;  // numbered from 1, in the order of struct Sections
 
 // ------------------------------------------------------------------------------------------------- CRC32C (RFC 3720)
 
@@ -51,6 +49,7 @@ struct Cursor {
     bool failed = false;
 
     Cursor(const uint8_t* data, size_t size) : data(data), size(size) {}
+    explicit Cursor(const Sections::Section& section) : Cursor(section.data, section.size) {}
 
     size_t remaining() const { return size - at; }
     const uint8_t* take(size_t count) {
@@ -83,21 +82,36 @@ struct Cursor {
         if (value > remaining() / least || value > most) failed = true;
         return failed ? 0 : value;
     }
-    void name(char (&out)[256]) {
-        uint16_t length = u16();
-        if (length < 1 || length > 255) failed = true;
-        const uint8_t* text = take(length);
-        memset(out, 0, sizeof out);
-        if (text) memcpy(out, text, length);
+    // The text behind its length, not ended by a zero; null where it is broken.
+    const uint8_t* name(size_t* length) {
+        *length = u16();
+        if (*length < 1 || *length > 255) failed = true;
+        return take(*length);
     }
 };
 
-// ------------------------------------------------------------------------------------------------- sections
+// Hands out zero-terminated copies of names.
+struct Names {
+    char* next;
+    char* end;
 
-struct Sections {
-    const uint8_t* data[kSectionKinds];
-    size_t size[kSectionKinds];
+    const char* copy(Cursor* cursor) {
+        size_t length;
+        const uint8_t* text = cursor->name(&length);
+        if (!text || size_t(end - next) <= length) {
+            cursor->failed = true;
+            return "";
+        }
+        char* name = next;
+        memcpy(name, text, length);
+        next += length + 1;  // the memory is zero
+        return name;
+    }
 };
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------- sections
 
 evensong_status read_sections(const uint8_t* bytes, size_t size, Sections* out, Report* report) {
     Cursor cursor(bytes, size);
@@ -133,6 +147,8 @@ evensong_status read_sections(const uint8_t* bytes, size_t size, Sections* out, 
         return report->fail(EVENSONG_CORRUPT, "%u sections cannot fit in the artifact", count);
     }
     *out = Sections{};
+    Sections::Section* const sections[kSectionKinds] = {&out->manifest, &out->variables, &out->programs,
+                                                        &out->constants, &out->state};
     // Sections lie in the order of the table and do not overlap; the writer sorts them by kind.
     uint64_t free_from = kHeaderBytes + uint64_t(count) * kSectionBytes;
     uint32_t last_kind = 0;
@@ -145,16 +161,108 @@ evensong_status read_sections(const uint8_t* bytes, size_t size, Sections* out, 
         }
         last_kind = kind;
         free_from = offset + length;
-        if (kind < kSectionKinds) {
-            out->data[kind] = bytes + offset;
-            out->size[kind] = length;
-        }
+        if (kind <= kSectionKinds) *sections[kind - 1] = {bytes + offset, size_t(length)};
     }
-    for (uint32_t kind = kManifest; kind < kSectionKinds; ++kind) {
-        if (!out->data[kind]) return report->fail(EVENSONG_CORRUPT, "section %u is missing", kind);
+    for (uint32_t kind = 1; kind <= kSectionKinds; ++kind) {
+        if (!sections[kind - 1]->data) return report->fail(EVENSONG_CORRUPT, "section %u is missing", kind);
     }
     return EVENSONG_OK;
 }
+
+// ------------------------------------------------------------------------------------------------- counting
+
+namespace {
+
+// Of a variable in STATE.
+struct Span {
+    uint64_t begin, end;
+};
+
+uint32_t read_variable_count(Cursor* cursor) { return cursor->count(15, kMostVariables); }
+uint32_t read_program_count(Cursor* cursor) { return cursor->count(32, kMostPrograms); }
+uint32_t read_tensor_count(Cursor* cursor) { return cursor->count(20, kMostTensors); }
+uint32_t read_operation_count(Cursor* cursor) { return cursor->count(6, kMostOps); }
+
+void count_name(Cursor* cursor, Parts* parts) {
+    size_t length;
+    cursor->name(&length);
+    parts->name_bytes += length + 1;
+}
+
+void count_variables(Cursor cursor, Parts* parts) {
+    parts->variables = read_variable_count(&cursor);
+    cursor.u64();
+    parts->slots = cursor.u64();
+    for (uint64_t i = 0; i < parts->variables && !cursor.failed; ++i) {
+        count_name(&cursor, parts);
+        const uint8_t dtype = cursor.u8(), flags = cursor.u8(), rank = cursor.u8();
+        cursor.u8();
+        uint64_t bytes = itemsize(DType(dtype));
+        for (uint32_t axis = 0; axis < rank; ++axis) bytes = smaller(bytes * cursor.u32(), kMaxArtifactBytes + 1);
+        cursor.take(rank + sizeof(uint64_t));
+        if (flags == 2) ++parts->buffers, parts->buffer_bytes += align(bytes);
+    }
+}
+
+void count_program(Cursor* cursor, Parts* parts) {
+    count_name(cursor, parts);
+    cursor->u32();
+    parts->arena = larger(parts->arena, cursor->u64());
+    parts->workspace = larger(parts->workspace, cursor->u64());
+    for (int side = 0; side < 2; ++side) {
+        const uint8_t ports = cursor->u8();
+        parts->ports += ports;
+        for (uint32_t i = 0; i < ports; ++i) {
+            count_name(cursor, parts);
+            cursor->u32();
+        }
+    }
+    const uint32_t tensors = read_tensor_count(cursor);
+    parts->tensors += tensors;
+    parts->most_tensors = larger(parts->most_tensors, tensors);
+    for (uint32_t i = 0; i < tensors; ++i) {
+        cursor->take(2);
+        const uint8_t rank = cursor->u8();
+        cursor->take(1 + 4 * rank + 16);
+    }
+    const uint32_t operations = read_operation_count(cursor);
+    parts->operations += operations;
+    for (uint32_t i = 0; i < operations; ++i) {
+        cursor->u16();
+        const uint32_t inputs = cursor->u8(), outputs = cursor->u8(), attributes = cursor->u8();
+        parts->operands += inputs + outputs;
+        parts->attributes += attributes;
+        cursor->take(1 + 4 * (inputs + outputs + attributes));
+        if (cursor->failed) return;
+    }
+}
+
+}  // namespace
+
+Parts count_parts(const Sections& sections) {
+    Parts parts = {};
+    parts.constants = sections.constants.size;
+    parts.state = sections.state.size;
+    count_variables(Cursor(sections.variables), &parts);
+    Cursor cursor(sections.programs);
+    parts.programs = read_program_count(&cursor);
+    for (uint64_t i = 0; i < parts.programs && !cursor.failed; ++i) count_program(&cursor, &parts);
+    return parts;
+}
+
+uint64_t model_bytes(const Parts& parts) {
+    return Block::round_up(parts.variables * sizeof(Variable)) + Block::round_up(parts.programs * sizeof(Program)) +
+           parts.programs * 4 * Block::round_up(1) +  // four arrays a program, each rounded up
+           parts.ports * sizeof(Port) + parts.tensors * sizeof(Tensor) + parts.operations * sizeof(Op) +
+           Block::round_up(parts.operands * sizeof(uint32_t)) + Block::round_up(parts.attributes * sizeof(Attribute)) +
+           Block::round_up(parts.name_bytes);
+}
+
+uint64_t model_scratch(const Parts& parts) {
+    return larger(parts.variables * sizeof(Span), parts.most_tensors * sizeof(uint32_t));
+}
+
+namespace {
 
 // ------------------------------------------------------------------------------------------------- tensors and
 // variables
@@ -180,61 +288,77 @@ bool fits(uint64_t offset, uint64_t bytes, uint64_t limit) {
     return offset % kAlignment == 0 && offset <= limit && bytes <= limit - offset;
 }
 
-evensong_status check_apart(const Array<Variable>& variables, Report* report) {
-    struct Span {
-        uint64_t begin, end;
-    };
-    Array<Span> spans;
-    if (!spans.allocate(variables.size))
-        return report->fail(EVENSONG_MEMORY, "no memory for %zu variables", variables.size);
-    for (size_t i = 0; i < variables.size; ++i)
-        spans[i] = {variables[i].offset, variables[i].offset + variables[i].bytes};
-    qsort(spans.data, spans.size, sizeof(Span), [](const void* a, const void* b) {
-        uint64_t left = static_cast<const Span*>(a)->begin, right = static_cast<const Span*>(b)->begin;
-        return left < right ? -1 : int(left > right);
-    });
-    for (size_t i = 1; i < spans.size; ++i) {
-        if (spans[i].begin < spans[i - 1].end) return report->fail(EVENSONG_ARTIFACT, "two variables share memory");
-    }
-    return EVENSONG_OK;
+void exchange(Span* a, Span* b) {
+    const Span kept = *a;
+    *a = *b;
+    *b = kept;
 }
 
-evensong_status read_variables(Cursor cursor, Model* model, Report* report) {
-    uint32_t count = cursor.count(15, kMostVariables);
+// By begin: a heap sort, which needs no memory and is never slow.
+void sort(Span* spans, size_t count) {
+    const auto sink = [&](size_t parent, size_t end) {
+        for (size_t child; (child = 2 * parent + 1) < end; parent = child) {
+            if (child + 1 < end && spans[child].begin < spans[child + 1].begin) ++child;
+            if (spans[parent].begin >= spans[child].begin) return;
+            exchange(&spans[parent], &spans[child]);
+        }
+    };
+    for (size_t i = count / 2; i-- > 0;) sink(i, count);
+    for (size_t end = count; end-- > 1;) {
+        exchange(&spans[0], &spans[end]);
+        sink(0, end);
+    }
+}
+
+evensong_status check_apart(const Array<Variable>& variables, const Block& block, Report* report) {
+    const size_t count = variables.size;
+    Span* spans = static_cast<Span*>(block.scratch(count * sizeof(Span)));
+    if (!spans) return report->fail(EVENSONG_MEMORY, "no memory for %zu variables", count);
+    for (size_t i = 0; i < count; ++i) spans[i] = {variables[i].offset, variables[i].offset + variables[i].bytes};
+    sort(spans, count);
+    bool apart = true;
+    for (size_t i = 1; i < count; ++i) apart = apart && spans[i].begin >= spans[i - 1].end;
+    memset(spans, 0, count * sizeof(Span));  // whoever takes this memory next expects zeros
+    return apart ? EVENSONG_OK : report->fail(EVENSONG_ARTIFACT, "two variables share memory");
+}
+
+evensong_status read_variables(Cursor cursor, Block* block, Names* names, Model* model, Report* report) {
+    uint32_t count = read_variable_count(&cursor);
     uint64_t state_bytes = cursor.u64();
     model->slot_bytes = cursor.u64();
     if (cursor.failed || state_bytes != model->state_bytes || model->slot_bytes > kMaxArtifactBytes) {
         return report->fail(EVENSONG_ARTIFACT, "the sizes of the state or of the optimiser's slots are wrong");
     }
-    if (!model->variables.allocate(count)) return report->fail(EVENSONG_MEMORY, "no memory for %u variables", count);
+    if (!model->variables.allocate(block, count))
+        return report->fail(EVENSONG_MEMORY, "no memory for %u variables", count);
     for (uint32_t i = 0; i < count; ++i) {
         Variable& variable = model->variables[i];
-        char name[256];
-        cursor.name(name);
+        variable.name = names->copy(&cursor);
         uint8_t dtype = cursor.u8(), flags = cursor.u8(), rank = cursor.u8(), zero = cursor.u8();
         if (cursor.failed || zero || rank > kMaxRank || (flags != 1 && flags != 2) ||
             !read_dtype(dtype, &variable.dtype)) {
             return report->fail(EVENSONG_ARTIFACT, "variable %u has a bad header", i);
         }
         variable.trainable = flags == 1;
-        uint32_t dims[kMaxRank];
-        for (uint32_t axis = 0; axis < rank; ++axis) dims[axis] = cursor.u32();
+        variable.rank = rank;
+        for (uint32_t axis = 0; axis < rank; ++axis) variable.dims[axis] = cursor.u32();
         uint32_t seen = 0;
         for (uint32_t i = 0; i < rank; ++i) {
-            const uint32_t axis = cursor.u8();
+            const uint8_t axis = cursor.u8();
             if (axis < rank) seen |= 1u << axis;
+            variable.perm[i] = axis;
         }
         if (seen != (1u << rank) - 1)
-            return report->fail(EVENSONG_ARTIFACT, "variable '%s' has a bad permutation", name);
+            return report->fail(EVENSONG_ARTIFACT, "variable '%s' has a bad permutation", variable.name);
         variable.offset = cursor.u64();
         uint64_t elements;
-        if (cursor.failed || !measure(dims, rank, variable.dtype, &elements, &variable.bytes) ||
+        if (cursor.failed || !measure(variable.dims, rank, variable.dtype, &elements, &variable.bytes) ||
             !fits(variable.offset, variable.bytes, model->state_bytes)) {
-            return report->fail(EVENSONG_ARTIFACT, "variable '%s' does not fit the state", name);
+            return report->fail(EVENSONG_ARTIFACT, "variable '%s' does not fit the state", variable.name);
         }
     }
     if (cursor.remaining()) return report->fail(EVENSONG_CORRUPT, "the variables section has bytes too many");
-    return check_apart(model->variables, report);
+    return check_apart(model->variables, *block, report);
 }
 
 evensong_status read_tensor(Cursor* cursor, const Model& model, const Program& program, Tensor* out, Report* report) {
@@ -305,12 +429,11 @@ evensong_status read_op(Cursor* cursor, Model* model, const Program& program, si
     return EVENSONG_OK;
 }
 
-evensong_status read_ports(Cursor* cursor, Array<Port>* ports, Report* report) {
+evensong_status read_ports(Cursor* cursor, Block* block, Names* names, Array<Port>* ports, Report* report) {
     uint8_t count = cursor->u8();
-    if (!ports->allocate(count)) return report->fail(EVENSONG_MEMORY, "no memory for %u ports", count);
-    char name[256];
+    if (!ports->allocate(block, count)) return report->fail(EVENSONG_MEMORY, "no memory for %u ports", count);
     for (Port& port : *ports) {
-        cursor->name(name);
+        port.name = names->copy(cursor);
         port.tensor = cursor->u32();
     }
     return EVENSONG_OK;
@@ -341,9 +464,9 @@ evensong_status check_ports(const Program& program, Report* report) {
     return EVENSONG_OK;
 }
 
-evensong_status read_program(Cursor* cursor, Model* model, size_t* operands, size_t* attributes, Program* out,
-                             Report* report) {
-    cursor->name(out->name);
+evensong_status read_program(Cursor* cursor, Block* block, Names* names, Model* model, size_t* operands,
+                             size_t* attributes, Program* out, Report* report) {
+    out->name = names->copy(cursor);
     out->max_batch = cursor->u32();
     out->arena_bytes = cursor->u64();
     out->workspace_bytes = cursor->u64();
@@ -351,16 +474,17 @@ evensong_status read_program(Cursor* cursor, Model* model, size_t* operands, siz
         out->workspace_bytes > kMaxArtifactBytes) {
         return report->fail(EVENSONG_ARTIFACT, "program '%s' has a bad size", out->name);
     }
-    if (evensong_status status = read_ports(cursor, &out->inputs, report)) return status;
-    if (evensong_status status = read_ports(cursor, &out->outputs, report)) return status;
-    uint32_t tensors = cursor->count(20, kMostTensors);
-    if (!out->tensors.allocate(tensors)) return report->fail(EVENSONG_MEMORY, "no memory for %u tensors", tensors);
+    if (evensong_status status = read_ports(cursor, block, names, &out->inputs, report)) return status;
+    if (evensong_status status = read_ports(cursor, block, names, &out->outputs, report)) return status;
+    uint32_t tensors = read_tensor_count(cursor);
+    if (!out->tensors.allocate(block, tensors))
+        return report->fail(EVENSONG_MEMORY, "no memory for %u tensors", tensors);
     for (Tensor& tensor : out->tensors) {
         if (evensong_status status = read_tensor(cursor, *model, *out, &tensor, report)) return status;
     }
     if (evensong_status status = check_ports(*out, report)) return status;
-    uint32_t ops = cursor->count(6, kMostOps);
-    if (!out->ops.allocate(ops)) return report->fail(EVENSONG_MEMORY, "no memory for %u operations", ops);
+    uint32_t ops = read_operation_count(cursor);
+    if (!out->ops.allocate(block, ops)) return report->fail(EVENSONG_MEMORY, "no memory for %u operations", ops);
     for (Op& op : out->ops) {
         if (evensong_status status = read_op(cursor, model, *out, operands, attributes, &op, report)) return status;
     }
@@ -371,29 +495,28 @@ evensong_status read_program(Cursor* cursor, Model* model, size_t* operands, siz
 
 }  // namespace
 
-evensong_status parse(const uint8_t* bytes, size_t size, Model* model, Report* report) {
-    Sections sections;
-    if (evensong_status status = read_sections(bytes, size, &sections, report)) return status;
-    model->constants = sections.data[kConstants];
-    model->const_bytes = sections.size[kConstants];
-    model->initial_state = sections.data[kState];
-    model->state_bytes = sections.size[kState];
-    Cursor variables(sections.data[kVariables], sections.size[kVariables]);
-    if (evensong_status status = read_variables(variables, model, report)) return status;
-
-    Cursor cursor(sections.data[kPrograms], sections.size[kPrograms]);
-    uint32_t programs = cursor.count(32, kMostPrograms);
-    if (cursor.failed) return report->fail(EVENSONG_ARTIFACT, "more programs than fit");
-    // Every operand and every attribute takes four bytes of the section.
-    size_t most_words = sections.size[kPrograms] / 4;
-    if (!model->programs.allocate(programs) || !model->operand_pool.allocate(most_words) ||
-        !model->attribute_pool.allocate(most_words)) {
+evensong_status parse(const Sections& sections, const Parts& parts, Block* block, Model* model, Report* report) {
+    model->constants = sections.constants.data;
+    model->const_bytes = sections.constants.size;
+    model->initial_state = sections.state.data;
+    model->state_bytes = sections.state.size;
+    if (!model->names.allocate(block, size_t(parts.name_bytes)) ||
+        !model->operand_pool.allocate(block, size_t(parts.operands)) ||
+        !model->attribute_pool.allocate(block, size_t(parts.attributes))) {
         return report->fail(EVENSONG_MEMORY, "no memory for the programs");
     }
+    Names names = {model->names.begin(), model->names.end()};
+    if (evensong_status status = read_variables(Cursor(sections.variables), block, &names, model, report)) {
+        return status;
+    }
+    Cursor cursor(sections.programs);
+    uint32_t programs = read_program_count(&cursor);
+    if (cursor.failed) return report->fail(EVENSONG_ARTIFACT, "more programs than fit");
+    if (!model->programs.allocate(block, programs)) return report->fail(EVENSONG_MEMORY, "no memory for the programs");
     size_t operands = 0, attributes = 0;
     for (Program& program : model->programs) {
-        if (evensong_status status = read_program(&cursor, model, &operands, &attributes, &program, report))
-            return status;
+        evensong_status status = read_program(&cursor, block, &names, model, &operands, &attributes, &program, report);
+        if (status) return status;
     }
     if (cursor.remaining()) return report->fail(EVENSONG_CORRUPT, "the programs section has bytes too many");
     return EVENSONG_OK;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evensong.wire.artifact import align
 from evensong.wire.program import Artifact, Program, Region, Tensor, VariableFlag
 
 _LARGEST = 12
@@ -100,7 +101,7 @@ def memory_report(artifact: Artifact) -> MemoryReport:
         len(artifact.const),
         len(artifact.state),
         artifact.slot_bytes,
-        sum(variable.nbytes for variable in artifact.variables if variable.flags == VariableFlag.BUFFER),
+        sum(align(variable.nbytes) for variable in artifact.variables if variable.flags == VariableFlag.BUFFER),
     )
 
 

@@ -19,7 +19,7 @@ from evensong.mobile_runtime.session import Array
 from evensong.wire.errors import ArtifactError, CorruptError, EvensongError
 from evensong.wire.program import Artifact
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_VARIABLE = "EVENSONG_ENGINE_LIBRARY"  #: environment variable that names another build of the library
 
 _MESSAGE_BYTES = 512
