@@ -1,7 +1,8 @@
 // A sparse matrix times a vector, as well as AVX2 can: y[o] = sum of value[k] x[column[k]] over row o's entries.
 //
-// What `python -m benchmarks pruning` measures against the engine's dense kernels, to know whether unstructured sparsity
-// could pay at run time. Rows are padded to whole vectors; columns are 16 bits wide, so that an entry takes six bytes.
+// What `python -m benchmarks pruning` measures against the engine's dense kernels, to know whether unstructured
+// sparsity could pay at run time. Rows are padded to whole vectors; columns are 16 bits wide, so that an entry takes
+// six bytes.
 #include <immintrin.h>
 #include <stdint.h>
 
