@@ -235,6 +235,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "no room": lambda: TextVectorization(2),
     "too many n-grams": lambda: TextVectorization(ngrams=5),
     "a hash with a vocabulary": lambda: TextVectorization(hash_bins=3, vocabulary=["a"]),
+    "nothing to learn": lambda: TextVectorization().adapt(["", " !"]),
     "adapting a hash": lambda: TextVectorization(hash_bins=3).adapt(["a"]),
     "a crop larger than the image": lambda: CenterCrop(9, 9)(torch.zeros(1, 1, 8, 10)),
     "unknown interpolation": lambda: Resizing(2, 2, "bicubic"),  # type: ignore[arg-type]

@@ -18,10 +18,10 @@ _MONOTONE = (Activation.RELU, Activation.RELU6)
 
 def simplify(graph: Graph, trained: Callable[[Value], bool]) -> None:
     """All rewrites. ``trained(value)`` tells whether the backward pass will go through ``value``."""
-    move_bytes_first(graph)
     fold_frozen_batch_norm(graph)
     fold_transposes(graph)
     fold_padding(graph)
+    move_bytes_first(graph)
     pool_before_activation(graph, trained)
     fuse_activations(graph)
     remove_dead(graph)

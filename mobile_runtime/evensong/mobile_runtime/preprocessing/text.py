@@ -14,7 +14,7 @@ from evensong.mobile_runtime.errors import CompileError
 from evensong.mobile_runtime.preprocessing.calls import lookup, one_hot, tokenize
 from evensong.mobile_runtime.preprocessing.learned import Learned, fail_unlearned
 from evensong.mobile_runtime.preprocessing.vocabulary import Words, most_frequent, room
-from evensong.mobile_runtime.text import words
+from evensong.mobile_runtime.text import utf8, words
 from evensong.wire.program import MOST_NGRAMS, Split
 
 Standardize = Literal["lower_and_strip_punctuation", "lower", "strip_punctuation"]
@@ -107,7 +107,7 @@ class TextVectorization(Learned):
         number = 0
         for text in texts:
             number += 1
-            found = [*words(text.encode(), lower=self.lower, strip=self.strip, split=self.split, ngrams=self.ngrams)]
+            found = [*words(utf8(text), lower=self.lower, strip=self.strip, split=self.split, ngrams=self.ngrams)]
             counts.update(found)
             holders.update(set(found))
         kept = most_frequent(counts, self.most)

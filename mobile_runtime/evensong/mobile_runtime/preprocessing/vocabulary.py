@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evensong.mobile_runtime.errors import CompileError
 from evensong.mobile_runtime.preprocessing.learned import Learned
+from evensong.mobile_runtime.text import utf8
 from evensong.mobile_runtime.twin_ops_input import token_hashes
 from evensong.wire.program import Split
 
@@ -52,7 +53,7 @@ class Integers(IdTable):
         self._loaded()
 
     def _loaded(self) -> None:
-        self._set_table(self.values.numpy(), range(self.first, self.first + len(self.values)))
+        self._set_table(self.values.cpu().numpy(), range(self.first, self.first + len(self.values)))
 
 
 class Words(IdTable):
@@ -85,12 +86,12 @@ class Words(IdTable):
             raise CompileError(
                 "this is no vocabulary", expected=f"at most {_MOST_WORDS} different words", got=len(words)
             )
-        data = b"".join(word.encode() + b"\0" for word in words)
+        data = b"".join(utf8(word) + b"\0" for word in words)
         self.encoded = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
         self._loaded()
 
     def _bytes(self) -> list[bytes]:
-        return self.encoded.numpy().tobytes().split(b"\0")[:-1]
+        return self.encoded.cpu().numpy().tobytes().split(b"\0")[:-1]
 
     def _loaded(self) -> None:
         words = self._bytes()
@@ -131,4 +132,6 @@ def room(max_ids: int | None, reserved: int) -> int | None:
 
 def most_frequent(counts: Mapping[Any, int], most: int | None) -> list[Any]:
     """The keys of ``counts`` from the most frequent to the least, the smaller first among equals; at most ``most``."""
+    if not counts:
+        raise CompileError("there is nothing to learn from", expected="at least one value or word")
     return sorted(counts, key=lambda key: (-counts[key], key))[:most]
