@@ -285,6 +285,38 @@ def _avg_pool(c: Case) -> None:
     c.finish(**p.attrs, count_include_pad=c.size(0, 1))
 
 
+# ------------------------------------------------------------------------------------------------- recurrent
+
+
+@_case("GRU", "LSTM")
+def _recurrent(c: Case) -> None:
+    rows, steps, hidden = c.draw(st.sampled_from([1, 2, 40])), c.size(), _big(c)
+    gates = hidden * (3 if c.name == "GRU" else 4)
+    c.input(rows, steps, gates)
+    c.weight(gates, hidden)
+    c.weight(gates)
+    c.output(rows, steps, gates)
+    c.output(rows, steps, hidden)
+    c.finish(reverse=c.size(0, 1))
+
+
+@_case("GRU_GRAD", "LSTM_GRAD")
+def _recurrent_grad(c: Case) -> None:
+    rows, steps, hidden = c.draw(st.sampled_from([1, 2, 40])), c.draw(st.sampled_from([1, 2, 5, 30])), _big(c)
+    parts = 3 if c.name == "GRU_GRAD" else 4
+    gates = c.rng.uniform(0, 1, c.live((rows, steps, parts * hidden), True)).astype(np.float32)
+    c.input(rows, steps, hidden)
+    c.input(rows, steps, parts * hidden, value=gates)
+    c.input(rows, steps, hidden)
+    c.weight(parts * hidden, hidden, value=c.floats(parts * hidden, hidden) / np.float32(4 * hidden**0.5))
+    if c.name == "GRU_GRAD":
+        c.weight(parts * hidden)
+    c.output(rows, steps, parts * hidden)
+    c.output(rows, steps, hidden)
+    _ = c.maybe(parts * hidden, hidden, batched=False) and c.maybe(parts * hidden, batched=False)
+    c.finish(reverse=c.size(0, 1))
+
+
 # ------------------------------------------------------------------------------------------------- normalisation
 
 

@@ -82,6 +82,44 @@ class Tied(nn.Module):
         return self.linear(torch.tanh(self.linear(x)))
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer; ``reads`` says what of its results goes on."""
+
+    def __init__(self, layer: nn.Module, reads: str = "states") -> None:
+        super().__init__()
+        self.layer = layer
+        self.reads = reads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states, last = self.layer(x)
+        if isinstance(last, tuple):
+            last = last[0]
+        return {"states": states, "last": last.transpose(0, 1), "both": torch.cat([states[:, -1], last[-1]], 1)}[
+            self.reads
+        ]
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+SEQUENCE = {
+    "gru": Recurrent(nn.GRU(4, 5, batch_first=True)),
+    "gru deep": Recurrent(nn.GRU(4, 3, num_layers=2, batch_first=True, dropout=0.0), "both"),
+    "gru both ways": Recurrent(nn.GRU(4, 3, num_layers=2, batch_first=True, bidirectional=True), "last"),
+    "gru without bias": Recurrent(nn.GRU(4, 3, bias=False, batch_first=True), "last"),
+    "gru time first": TimeFirst(nn.GRU(4, 3, bidirectional=True)),
+    "lstm": Recurrent(nn.LSTM(4, 5, batch_first=True)),
+    "lstm deep": Recurrent(nn.LSTM(4, 3, num_layers=2, batch_first=True), "both"),
+    "lstm both ways": Recurrent(nn.LSTM(4, 3, num_layers=2, batch_first=True, bidirectional=True), "last"),
+    "lstm without bias": Recurrent(nn.LSTM(4, 3, bias=False, batch_first=True), "last"),
+}
+
 IMAGE = {
     "conv 3x3": nn.Conv2d(4, 6, 3),
     "conv same": nn.Conv2d(4, 6, (3, 4), padding="same"),
@@ -193,6 +231,13 @@ def test_vector_layers(name: str) -> None:
     torch.manual_seed(3)
     model = Between(nn.Linear(4, 6), VECTOR[name], (4,))
     assert_trains_like_torch(model, normal((N, 4)), classified(CLASSES, N), steps=3)
+
+
+@pytest.mark.parametrize("name", SEQUENCE)
+def test_sequence_layers(name: str) -> None:
+    torch.manual_seed(3)
+    model = Between(nn.Linear(2, 4), SEQUENCE[name], (6, 2))
+    assert_trains_like_torch(model, normal((N, 6, 2)), classified(CLASSES, N), steps=3, batch_sizes=(N, 2))
 
 
 class Tokens(nn.Module):

@@ -67,6 +67,29 @@ def test_an_unknown_use_is_explained(function: Callable[[torch.Tensor], torch.Te
 
 
 @pytest.mark.parametrize(
+    ("layer", "run", "told"),
+    [
+        (nn.LSTM(6, 4, batch_first=True), lambda layer, x: layer(x)[1][1][0], "last cell states"),
+        (nn.LSTM(6, 4, proj_size=2, batch_first=True), lambda layer, x: layer(x)[0], "projections"),
+        (nn.GRU(6, 6, batch_first=True), lambda layer, x: layer(x, x.transpose(0, 1))[0], "starts from a given state"),
+    ],
+)
+def test_recurrent_layers_have_their_limits(
+    layer: nn.Module, run: Callable[[nn.Module, torch.Tensor], torch.Tensor], told: str
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return run(self.layer, x[:, None])
+
+    with pytest.raises(UnsupportedOperation, match=told):
+        compile(Model(), X)
+
+
+@pytest.mark.parametrize(
     "function",
     [
         lambda x: x - x.mean(dim=0),

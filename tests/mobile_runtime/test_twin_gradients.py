@@ -173,6 +173,28 @@ def test_layer_norm(seed: int) -> None:
     assert_gradient(lambda v: forward(x, gamma, v)[0], beta, lambda dy: backward(dy)[2])
 
 
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+@few
+@given(seeds, st.integers(1, 4), st.integers(0, 1))
+def test_recurrent(name: str, seed: int, steps: int, reverse: int) -> None:
+    hidden = 3
+    gates = hidden * (3 if name == "GRU" else 4)
+    gx, w, b = normal(seed, 2, steps, gates), normal(seed + 1, gates, hidden), normal(seed + 2, gates)
+
+    def forward(gx: Array, w: Array, b: Array) -> tuple[Array, Array]:
+        return KERNELS[name](call(), gx, w, b, reverse=reverse)
+
+    saved = (*forward(gx, w, b), w, b)[: 4 if name == "GRU" else 3]
+
+    def backward(dy: Array) -> list[Array]:
+        results = KERNELS[f"{name}_GRAD"](call(), dy.reshape(2, steps, hidden), *saved, reverse=reverse)
+        return [results[0], *results[2:]]
+
+    assert_gradient(lambda v: forward(v, w, b)[1], gx, lambda dy: backward(dy)[0])
+    assert_gradient(lambda v: forward(gx, v, b)[1], w, lambda dy: backward(dy)[1])
+    assert_gradient(lambda v: forward(gx, w, v)[1], b, lambda dy: backward(dy)[2])
+
+
 @pytest.mark.parametrize("kind", [kind for kind in Activation if kind != Activation.NONE])
 @few
 @given(seeds)

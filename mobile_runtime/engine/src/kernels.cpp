@@ -8,6 +8,7 @@ namespace EVENSONG_ISA {
 
 void register_linear(Kernel* table);
 void register_conv(Kernel* table);
+void register_sequence(Kernel* table);
 void register_pool(Kernel* table);
 void register_norm(Kernel* table);
 void register_elementwise(Kernel* table);
@@ -25,6 +26,7 @@ void register_all(Kernel* table) {
     register_conv(table);
     register_int8(table);
 #ifndef EVENSONG_DENSE_ONLY
+    register_sequence(table);
     register_pool(table);
     register_norm(table);
     register_elementwise(table);

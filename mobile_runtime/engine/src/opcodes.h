@@ -17,6 +17,10 @@ constexpr uint16_t MAX_POOL2D = 10;
 constexpr uint16_t MAX_POOL2D_GRAD = 11;
 constexpr uint16_t AVG_POOL2D = 12;
 constexpr uint16_t AVG_POOL2D_GRAD = 13;
+constexpr uint16_t GRU = 14;
+constexpr uint16_t GRU_GRAD = 15;
+constexpr uint16_t LSTM = 16;
+constexpr uint16_t LSTM_GRAD = 17;
 constexpr uint16_t BATCH_NORM_TRAIN = 20;
 constexpr uint16_t BATCH_NORM_GRAD = 21;
 constexpr uint16_t BATCH_NORM_EVAL = 22;
@@ -102,6 +106,10 @@ inline constexpr Signature kSignatures[] = {
     {11, 2, 2, 1, 1, 6, 0, 0, 0, "MAX_POOL2D_GRAD"},
     {12, 1, 1, 1, 1, 7, 0, 0, 0, "AVG_POOL2D"},
     {13, 1, 1, 1, 1, 7, 0, 0, 0, "AVG_POOL2D_GRAD"},
+    {14, 3, 3, 2, 2, 1, 0, 0, 1, "GRU"},
+    {15, 5, 5, 2, 4, 1, 0, 0, 2, "GRU_GRAD"},
+    {16, 3, 3, 2, 2, 1, 0, 0, 1, "LSTM"},
+    {17, 4, 4, 2, 4, 1, 0, 0, 2, "LSTM_GRAD"},
     {20, 5, 5, 3, 3, 2, 0, 24, 0, "BATCH_NORM_TRAIN"},
     {21, 5, 5, 3, 3, 0, 0, 0, 0, "BATCH_NORM_GRAD"},
     {22, 5, 5, 1, 1, 1, 0, 0, 1, "BATCH_NORM_EVAL"},

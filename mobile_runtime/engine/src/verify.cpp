@@ -90,6 +90,11 @@ const char* check_row(const Context& c) {
     return c.batched('R') || unit % c['R'] ? "the second operand is not a row of the first" : nullptr;
 }
 
+const char* check_recurrent(const Context& c) {
+    uint64_t parts = c.op.code == op::GRU || c.op.code == op::GRU_GRAD ? 3 : 4;
+    return c['G'] == parts * c['H'] ? nullptr : "its gates are not as many parts as they should be";
+}
+
 const char* check_layer_norm(const Context& c) {
     bool fits = c['N'] == c['R'] * c['G'] && c.batched('N') == c.batched('R') && !c.batched('G');
     return fits ? nullptr : "its rows do not fit gamma";
@@ -213,6 +218,11 @@ uint64_t linear_workspace(const Context& c) { return c['M'] <= workspace::kDotRo
 uint64_t linear_grad_input_workspace(const Context& c) { return packed_panel(c['O']); }
 uint64_t linear_grad_weight_workspace(const Context& c) { return packed_panel(c['M']); }
 
+uint64_t recurrent_workspace(const Context& c) { return 4 * workspace::recurrent_elements(c['N'], c['G'], c['H']); }
+uint64_t recurrent_grad_workspace(const Context& c) {
+    return 4 * workspace::recurrent_grad_elements(c['N'], c['G'], c['H']);
+}
+
 bool is_depthwise(const Context& c) { return c['D'] == 1 && uint64_t(c.attribute(6)) == c['O']; }
 
 uint64_t patches_and_weights(uint64_t depth, uint64_t pixels, uint64_t columns) {
@@ -252,7 +262,7 @@ uint64_t quantized_linear_workspace(const Context& c) { return workspace::int8_p
 
 struct Rule {
     uint16_t code;
-    char operands[44];
+    char operands[52];
     Check check = nullptr;
     char work[8] = "";  // product of these sizes (digits: attributes) is the amount of work; else the elements
     Workspace workspace = nullptr;
@@ -271,6 +281,10 @@ constexpr Rule kRules[] = {
     {op::MAX_POOL2D_GRAD, "fNPQC jNPQC > fNHWC | sssspp", check_pool},
     {op::AVG_POOL2D, "fNHWC > fNPQC | ssssppb", check_pool, "NPQC01"},
     {op::AVG_POOL2D_GRAD, "fNPQC > fNHWC | ssssppb", check_pool, "NPQC01"},
+    {op::GRU, "fNTG fGH fG > fNTG fNTH | b", check_recurrent, "NTGH", recurrent_workspace},
+    {op::GRU_GRAD, "fNTH fNTG fNTH fGH fG > fNTG fNTH fGH? fG? | b", check_recurrent, "NTGH", recurrent_grad_workspace},
+    {op::LSTM, "fNTG fGH fG > fNTG fNTH | b", check_recurrent, "NTGH", recurrent_workspace},
+    {op::LSTM_GRAD, "fNTH fNTG fNTH fGH > fNTG fNTH fGH? fG? | b", check_recurrent, "NTGH", recurrent_grad_workspace},
     {op::BATCH_NORM_TRAIN, "f*MC fC fC fC fC > f*MC fC fC | ff"},
     {op::BATCH_NORM_GRAD, "f*MC f*MC fC fC fC > f*MC fC fC"},
     {op::BATCH_NORM_EVAL, "f*MC fC fC fC fC > f*MC | f"},

@@ -16,6 +16,9 @@ constexpr uint64_t kLeastPatches = 16;            // ... but never fewer patches
 constexpr uint64_t kMostPatches = 256;            // ... nor more
 constexpr uint64_t kWeightElements = 256 * 1024;  // elements of one block of packed weights, if one panel fits
 
+constexpr uint64_t kSequences = 48;    // examples that a recurrent layer takes at a time
+constexpr uint64_t kDotSequences = 4;  // a recurrent layer with at most this many reads its weight in place
+
 constexpr uint64_t kInt8Weights = 64 * 1024;  // weights of one packed block of an int8 product, if one panel fits
 constexpr uint64_t kInt8Rows = 8;             // rows of patches that the int8 product takes at a time
 constexpr uint64_t kInt8Slack = 192;          // bytes that whole vectors may run over the last row
@@ -53,6 +56,20 @@ constexpr uint64_t int8_columns(uint64_t depth, uint64_t columns) {
 constexpr uint64_t int8_product_bytes(uint64_t depth, uint64_t columns) {
     return (2 * round_up(depth, 4) + 4) * int8_columns(depth, columns) +
            round_up((2 * kInt8Rows + 1) * round_up(depth, 4), 64) + kInt8Slack;
+}
+
+// A recurrent layer: packed weights, then for each example of a block its gates and a state.
+constexpr uint64_t recurrent_elements(uint64_t examples, uint64_t gates, uint64_t hidden) {
+    return (examples <= kDotSequences ? 0 : hidden * round_up(gates, kPanel)) +
+           smaller(examples, kSequences) * (gates + hidden);
+}
+
+// Its gradient: first packed weights of one gate, then a panel and two gradients of states for each example of a block;
+// and a state of zeros.
+constexpr uint64_t recurrent_grad_elements(uint64_t examples, uint64_t gates, uint64_t hidden) {
+    return larger(hidden * round_up(hidden, kPanel),
+                  kPanel * larger(gates, kDepth) + 2 * smaller(examples, kSequences) * hidden) +
+           hidden;
 }
 
 // Taps of the kernel that the pixels of one phase of the stride meet, along one axis.

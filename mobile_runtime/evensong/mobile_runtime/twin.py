@@ -23,6 +23,7 @@ from evensong.mobile_runtime import (  # one module a family of operations
     twin_ops_norm,
     twin_ops_optimizer,
     twin_ops_pool,
+    twin_ops_recurrent,
 )
 from evensong.mobile_runtime.errors import DivergedError, ExampleError, RuntimeFault
 from evensong.mobile_runtime.machine import Prepared
@@ -36,6 +37,7 @@ KERNELS: dict[str, Kernel] = {
     **twin_ops_linear.KERNELS,
     **twin_ops_conv.KERNELS,
     **twin_ops_pool.KERNELS,
+    **twin_ops_recurrent.KERNELS,
     **twin_ops_norm.KERNELS,
     **twin_ops_elementwise.KERNELS,
     **twin_ops_move.KERNELS,

@@ -179,6 +179,11 @@ def _row(view: OpView) -> str | None:
     return None
 
 
+def _recurrent(view: OpView) -> str | None:
+    parts = 3 if view.op.name.startswith("GRU") else 4
+    return None if view["G"] == parts * view["H"] else f"its gates are not {parts} parts"
+
+
 def _layer_norm(view: OpView) -> str | None:
     fits = view["N"] == view["R"] * view["G"] and view.batched("N") == view.batched("R") and not view.batched("G")
     return None if fits else "its rows do not fit gamma"
@@ -297,6 +302,7 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
     "MAX_POOL2D_GRAD": _max_pool,
     "AVG_POOL2D": _pool,
     "AVG_POOL2D_GRAD": _pool,
+    **dict.fromkeys(("GRU", "GRU_GRAD", "LSTM", "LSTM_GRAD"), _recurrent),
     "LAYER_NORM": _layer_norm,
     "LAYER_NORM_GRAD": _layer_norm,
     "ADD": _row,
@@ -331,6 +337,7 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
 _PRODUCTS = {
     **dict.fromkeys(("LINEAR", "LINEAR_GRAD_INPUT", "LINEAR_GRAD_WEIGHT", "QLINEAR"), "MIO"),
     **dict.fromkeys(("CONV2D", "CONV2D_GRAD_INPUT", "CONV2D_GRAD_WEIGHT", "QCONV2D"), "NPQOKLD"),
+    **dict.fromkeys(("GRU", "GRU_GRAD", "LSTM", "LSTM_GRAD"), "NTGH"),
 }
 _WINDOWS = ("MAX_POOL2D", "AVG_POOL2D", "AVG_POOL2D_GRAD", "QMAX_POOL2D", "QAVG_POOL2D")
 

@@ -151,6 +151,11 @@ OPS: dict[str, OpSpec] = {
     "MAX_POOL2D_GRAD": _spec(11, "dy index", "dx", _POOL, doc="scatters dy to the maxima, adding where windows overlap"),
     "AVG_POOL2D": _spec(12, "x", "y", _POOL + " count_include_pad:i", doc="mean over the window; without count_include_pad only real positions count"),
     "AVG_POOL2D_GRAD": _spec(13, "dy", "dx", _POOL + " count_include_pad:i", doc="gradient of AVG_POOL2D"),
+    # --- recurrent layers over whole sequences, float32, from a state of zeros; gx = x w_ih^T + b_ih comes from a LINEAR; with reverse from the last step to the first
+    "GRU": _spec(14, "gx w b", "gates y", "reverse:i", inplace=[(0, 0)], doc="torch.nn.GRU, parts r z n of G = 3H: g = h w^T + b; r, z = sigmoid(gx + g); n = tanh(gx_n + r g_n); y = h' = (1 - z) n + z h; gates holds r z n"),
+    "GRU_GRAD": _spec(15, "dy gates y w b", "dgx scratch dw? db?", "reverse:i", inplace=[(1, 0)], doc="gradient of GRU in gx, w and b; scratch is for the kernel alone"),
+    "LSTM": _spec(16, "gx w b", "gates y", "reverse:i", inplace=[(0, 0)], doc="torch.nn.LSTM, parts i f g o of G = 4H: i, f, o = sigmoid(gx + h w^T + b), g = tanh(the same); c' = f c + i g; y = h' = o tanh(c'); gates holds i f g o"),
+    "LSTM_GRAD": _spec(17, "dy gates y w", "dgx scratch dw? db?", "reverse:i", inplace=[(1, 0)], doc="gradient of LSTM in gx, w and b; scratch is for the kernel alone"),
     # --- normalisation over the last dimension C, float32; statistics are over all leading dimensions (batch) or over C (layer)
     "BATCH_NORM_TRAIN": _spec(20, "x gamma beta running_mean running_var", "y mean rstd", "eps:f momentum:f", updates=(3, 4), doc="biased variance normalises, unbiased variance enters running_var; running = (1 - momentum) running + momentum batch"),
     "BATCH_NORM_GRAD": _spec(21, "dy x gamma mean rstd", "dx dgamma dbeta", doc="gradient through the batch statistics"),

@@ -19,6 +19,8 @@ DOT_ROWS = 32  #: a LINEAR with at most this many rows reads its weight in place
 PATCH_ELEMENTS = 24 * 1024  #: elements of one block of patches, if at least LEAST_PATCHES fit
 LEAST_PATCHES, MOST_PATCHES = 16, 256
 WEIGHT_ELEMENTS = 256 * 1024  #: elements of one block of packed weights, if at least one panel fits
+SEQUENCES = 48  #: examples that a recurrent layer takes at a time
+DOT_SEQUENCES = 4  #: a recurrent layer with at most this many reads its weight in place
 INT8_WEIGHTS = 64 * 1024  #: weights of one packed block of an int8 product, if at least one panel fits
 INT8_ROWS = 8  #: rows of patches that the int8 product takes at a time
 INT8_SLACK = 192  #: bytes that whole vectors may run over the last row
@@ -53,6 +55,10 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
             if _depthwise(weight, op.attrs):
                 return _F32 * weight.elements
             return _F32 * patch_elements(depth, prod(operands[0].dims[:3]))
+        case "GRU" | "LSTM":
+            return _F32 * recurrent_elements(operands[0].dims[0], *operands[1].dims)
+        case "GRU_GRAD" | "LSTM_GRAD":
+            return _F32 * recurrent_grad_elements(operands[0].dims[0], *operands[3].dims)
         case "QLINEAR":
             columns, depth = operands[1].dims
             return int8_product_bytes(depth, columns)
@@ -75,6 +81,19 @@ def weight_elements(depth: int, columns: int) -> int:
     """Elements of one block of packed weights: whole panels of ``depth`` rows."""
     most = max(PANEL, WEIGHT_ELEMENTS // depth // PANEL * PANEL)
     return depth * min(_round_up(columns, PANEL), most)
+
+
+def recurrent_elements(examples: int, gates: int, hidden: int) -> int:
+    """A recurrent layer: packed weights, then for each example of a block its gates and a state."""
+    packed = 0 if examples <= DOT_SEQUENCES else hidden * _round_up(gates, PANEL)
+    return packed + min(examples, SEQUENCES) * (gates + hidden)
+
+
+def recurrent_grad_elements(examples: int, gates: int, hidden: int) -> int:
+    """Its gradient: first packed weights of one gate, then a panel and two gradients of states for each example of a
+    block; and a state of zeros."""
+    steps = PANEL * max(gates, DEPTH) + 2 * min(examples, SEQUENCES) * hidden
+    return max(hidden * _round_up(hidden, PANEL), steps) + hidden
 
 
 def int8_product_bytes(depth: int, columns: int) -> int:

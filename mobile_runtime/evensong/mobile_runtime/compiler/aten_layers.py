@@ -194,7 +194,7 @@ def embedding_bag(
     per_sample_weights: View | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-) -> list[View | None]:
+) -> list[View | str]:
     """``EmbeddingBag`` over rows of equal length (ids [n, L], no offsets), sum or mean."""
     require(mode in (0, 1), "an embedding bag with mode='max'")
     starts = offsets.value.root.data
@@ -208,7 +208,7 @@ def embedding_bag(
     b.shape = (*bags.shape, table.shape[1])
     rows = embedding(b, table, bags, scale_grad_by_freq=scale_grad_by_freq)
     b.shape = (count, table.shape[1])
-    return [(mean if mode == 1 else sum_dim)(b, rows, [1]), None, None, None]
+    return [(mean if mode == 1 else sum_dim)(b, rows, [1]), *["the offsets of an embedding bag"] * 3]
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

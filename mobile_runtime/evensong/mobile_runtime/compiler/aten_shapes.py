@@ -122,11 +122,11 @@ def chunk(b: Builder, x: View, chunks: int, dim: int = 0) -> list[View]:
     return split(b, x, -(-x.shape[x.axis(dim)] // chunks), dim)
 
 
-def item(b: Builder, results: Sequence[View | None], index: int) -> View:
-    """One of several results."""
+def item(b: Builder, results: Sequence[View | str], index: int) -> View:
+    """One of several results; text says what is not available."""
     result = results[index]
-    if result is None:
-        require(False, "the indices of a maximum")
+    if isinstance(result, str):
+        require(False, result)
         raise AssertionError
     return result
 

@@ -12,6 +12,9 @@ from evensong.mobile_runtime.compiler.ir import Value
 from evensong.mobile_runtime.compiler.layout import View
 
 
+_INDICES = "the indices of a maximum"
+
+
 def max_pool2d(
     b: Builder,
     x: View,
@@ -81,16 +84,16 @@ def adaptive_avg_pool1d(b: Builder, x: View, size: Sequence[int]) -> View:
     return as_image(b, x, lambda picture: adaptive_avg_pool2d(b, picture, size))
 
 
-def adaptive_max_pool2d(b: Builder, x: View, size: Sequence[int]) -> list[View | None]:
+def adaptive_max_pool2d(b: Builder, x: View, size: Sequence[int]) -> list[View | str]:
     """``adaptive_max_pool2d`` where every window has the same size; its indices are not available."""
     b.shape = (*x.shape[:2], *pair(size))
-    return [_even_maxima(b, x), None]
+    return [_even_maxima(b, x), _INDICES]
 
 
-def adaptive_max_pool1d(b: Builder, x: View, size: Sequence[int]) -> list[View | None]:
+def adaptive_max_pool1d(b: Builder, x: View, size: Sequence[int]) -> list[View | str]:
     """``adaptive_max_pool1d`` where every window has the same size; its indices are not available."""
     b.shape = (*x.shape[:2], single(size))
-    return [as_image(b, x, lambda picture: _even_maxima(b, picture)), None]
+    return [as_image(b, x, lambda picture: _even_maxima(b, picture)), _INDICES]
 
 
 def amax(b: Builder, x: View, dim: Sequence[int] | int = (), keepdim: bool = False) -> View:
@@ -101,12 +104,12 @@ def amax(b: Builder, x: View, dim: Sequence[int] | int = (), keepdim: bool = Fal
     return View(result.reshaped(r.dims), b.shape, r.order)
 
 
-def max_dim(b: Builder, x: View, dim: int, keepdim: bool = False) -> list[View | None]:
+def max_dim(b: Builder, x: View, dim: int, keepdim: bool = False) -> list[View | str]:
     """``x.max(dim)``: values only."""
     axis = x.axis(dim)
     kept = [1 if a == axis else size for a, size in enumerate(x.shape)]
     b.shape = tuple(kept) if keepdim else tuple(size for a, size in enumerate(kept) if a != axis)
-    return [amax(b, x, [dim], keepdim), None]
+    return [amax(b, x, [dim], keepdim), _INDICES]
 
 
 def mean(b: Builder, x: View, dim: Sequence[int] | int | None = None, keepdim: bool = False, dtype: Any = None) -> View:

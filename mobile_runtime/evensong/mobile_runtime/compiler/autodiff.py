@@ -142,6 +142,18 @@ def _layer_norm(g: Backward, node: Node) -> None:
     _accumulate_wanted(g, [x, gamma, beta], outputs)
 
 
+def _recurrent(g: Backward, node: Node) -> None:
+    gx, w, bias = node.inputs
+    gates, y = node.outputs
+    saved = [gates, y, w, bias] if node.op == "GRU" else [gates, y, w]
+    outputs = [g.fresh(gx), y.like(name=f"scratch of {node.place}")]
+    if g.wants(w) or g.wants(bias):
+        outputs += [g.fresh(w), g.fresh(bias)]
+    g.graph.add(f"{node.op}_GRAD", [g.of(y), *saved], outputs, g.place, **node.attrs)
+    _accumulate_wanted(g, [gx], outputs[:1])
+    _accumulate_wanted(g, [w, bias], outputs[2:])
+
+
 def _accumulate_wanted(g: Backward, values: list[Value], gradients: list[Value]) -> None:
     for value, gradient in zip(values, gradients, strict=False):
         if g.wants(value):
@@ -270,6 +282,8 @@ RULES: Mapping[str, Callable[[Backward, Node], None]] = {
     "BATCH_NORM_TRAIN": _batch_norm_train,
     "BATCH_NORM_EVAL": _batch_norm_eval,
     "LAYER_NORM": _layer_norm,
+    "GRU": _recurrent,
+    "LSTM": _recurrent,
     "UNARY": _unary,
     "ADD": _add,
     "SUB": _sub,

@@ -6,6 +6,7 @@ The batch is traced at PROBE_BATCH examples, whatever the example inputs have.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,8 @@ def trace(model: nn.Module, example_inputs: Sequence[torch.Tensor], *, training:
     more than one output).
     """
     probes = tuple(_probe(example, index) for index, example in enumerate(example_inputs))
-    with _mode(model, training):
+    with _mode(model, training), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*_flat_weights")  # of recurrent layers: torch puts them back
         try:
             exported = torch.export.export(model, probes, strict=False)
         except Exception as error:

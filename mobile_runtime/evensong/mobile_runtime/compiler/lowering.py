@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from evensong.mobile_runtime.compiler import aten_input, aten_layers, aten_pointwise, aten_shapes, aten_windows
+from evensong.mobile_runtime.compiler import (
+    aten_input,
+    aten_layers,
+    aten_pointwise,
+    aten_recurrent,
+    aten_shapes,
+    aten_windows,
+)
 from evensong.mobile_runtime.compiler.builder import Builder
 from evensong.mobile_runtime.compiler.export import Trace, module_path, source_line
 from evensong.mobile_runtime.compiler.ir import Graph, Value, constant
@@ -22,6 +29,7 @@ Lowering = Callable[..., Any]
 #: How each ATen call becomes engine operations. The arguments are those of the ATen schema, with views for tensors.
 TABLE: Mapping[str, Lowering] = {
     **aten_layers.TABLE,
+    **aten_recurrent.TABLE,
     **aten_windows.TABLE,
     **aten_pointwise.TABLE,
     **aten_shapes.TABLE,

@@ -83,7 +83,8 @@ class QuantizationAwareTraining(nn.Module):
                 result = torch_ops.TABLE[node.op](node, [content(node.inputs[0]), *operands], shape)
             else:
                 result = torch_ops.TABLE[node.op](node, [content(value) for value in node.inputs], shape)
-            contents[node.outputs[0].root] = result.reshape(_shape(node.outputs[0].root, count))
+            made = torch_ops.result_of(node).root
+            contents[made] = result.reshape(_shape(made, count))
         return content(graph.outputs["output"])
 
     def calibrator(self, inputs: Sequence[Value]) -> Calibrator:

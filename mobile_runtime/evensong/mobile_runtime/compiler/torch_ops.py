@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from evensong.mobile_runtime.compiler.ir import Node
+from evensong.mobile_runtime.compiler.ir import Node, Value
 from evensong.mobile_runtime.twin import KERNELS
 from evensong.mobile_runtime.twin_call import Call, Clock
 from evensong.wire.program import Activation, Interpolation, Region, Tensor
@@ -59,6 +60,11 @@ def window_sums(node: Node, x: torch.Tensor, shape: Shape) -> tuple[torch.Tensor
     return sums.permute(0, 2, 3, 1), counts.permute(0, 2, 3, 1)
 
 
+def result_of(node: Node) -> Value:
+    """The one result that inference reads, which a function gives: of a recurrent layer the states, not the gates."""
+    return node.outputs[1 if node.op in ("GRU", "LSTM") else 0]
+
+
 def activate(y: torch.Tensor, kind: float) -> torch.Tensor:
     """Any :class:`Activation`."""
     return _ACTIVATIONS[Activation(int(kind))](y)
@@ -91,6 +97,18 @@ def _layer_norm(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
     x, gamma, beta = operands
     rows = x.reshape(-1, gamma.numel())
     return F.layer_norm(rows, (gamma.numel(),), gamma.reshape(-1), beta.reshape(-1), float(node.attrs["eps"]))
+
+
+def _recurrent(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    gx, w, b = operands
+    layer: Any = torch.gru if node.op == "GRU" else torch.lstm
+    identity = torch.eye(len(w), dtype=gx.dtype)
+    zeros = gx.new_zeros(1, gx.shape[0], w.shape[1])
+    reverse = bool(node.attrs["reverse"])
+    given = gx.flip(1) if reverse else gx
+    state = zeros if node.op == "GRU" else (zeros, zeros)
+    y = layer(given, state, [identity, w, torch.zeros_like(b), b], True, 1, 0.0, False, False, True)[0]
+    return y.flip(1) if reverse else y  # type: ignore[no-any-return]  # torch.gru and torch.lstm have no one type
 
 
 def _binary(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> TorchOp:
@@ -143,6 +161,8 @@ TABLE: Mapping[str, TorchOp] = {
     "AVG_POOL2D": _avg_pool2d,
     "BATCH_NORM_EVAL": _batch_norm_eval,
     "LAYER_NORM": _layer_norm,
+    "GRU": _recurrent,
+    "LSTM": _recurrent,
     "UNARY": lambda node, operands, shape: activate(operands[0], node.attrs["kind"]),
     "ADD": _binary(torch.add),
     "SUB": _binary(torch.sub),
