@@ -11,7 +11,6 @@ from evensong.mobile_runtime.compiler.builder import NHWC, Builder, Sizes, as_im
 from evensong.mobile_runtime.compiler.ir import Value
 from evensong.mobile_runtime.compiler.layout import View
 
-
 _INDICES = "the indices of a maximum"
 
 
