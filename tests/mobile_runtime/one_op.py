@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from evensong.mobile_runtime import native
 from evensong.mobile_runtime.machine import Machine
+from evensong.mobile_runtime.verify_rules import OPTIMIZERS
 from evensong.wire.artifact import align, encode_artifact
 from evensong.wire.errors import EvensongError
 from evensong.wire.program import (
@@ -173,7 +174,7 @@ class _Builder:
 
     def add_input(self, x: Given, op: str, position: int) -> int:
         dtype, dims = _DTYPES[x.value.dtype], self._declared(x.value.shape, x.batched)
-        optimizer = op in ("SGD", "ADAM")
+        optimizer = op in OPTIMIZERS
         if position not in OPS[op].updates:
             self._inputs.append(Port(f"in{position}", len(self.tensors)))
             tensor = Tensor(dtype, Region.INPUT, dims, len(self._inputs) - 1, x.batched, x.scale, x.zero_point)

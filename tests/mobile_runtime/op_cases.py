@@ -611,6 +611,15 @@ def _adam(c: Case) -> None:
     c.finish(beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.05, decoupled=c.size(0, 1))
 
 
+@_case("LINEAR_UPDATE")
+def _linear_update(c: Case) -> None:
+    rows, depth, columns = c.size(), _big(c), _big(c)
+    c.operands.append(c.builder.variable("w", c.floats(columns, depth)))
+    c.input(rows, columns)
+    c.input(rows, depth)
+    c.finish(weight_decay=c.draw(st.sampled_from([0.0, 0.01])))
+
+
 # ------------------------------------------------------------------------------------------------- int8
 
 

@@ -151,8 +151,8 @@ def test_only_the_head_is_trained() -> None:
         "LINEAR",
         "LINEAR",
         "CROSS_ENTROPY",
-        "LINEAR_GRAD_WEIGHT",
-        "SGD",
+        "SUM_ROWS",
+        "LINEAR_UPDATE",
         "SGD",
     ]
     assert [variable.name for variable in compiled.artifact.variables] == ["2.weight", "2.bias"]

@@ -70,6 +70,30 @@ def test_adam(size: int, seed: int, weight_decay: float, decoupled: bool) -> Non
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=sizes,
+    outputs=sizes,
+    inputs=sizes,
+    seed=seeds,
+    weight_decay=st.sampled_from([0.0, 0.01]),
+)
+def test_a_linear_update_is_the_gradient_and_sgd(
+    rows: int, outputs: int, inputs: int, seed: int, weight_decay: float
+) -> None:
+    random = np.random.default_rng(seed)
+    w, dy, x = (random.normal(size=s).astype(np.float32) for s in [(outputs, inputs), (rows, outputs), (rows, inputs)])
+    leaf = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.linear(torch.tensor(x, dtype=torch.float64), leaf).backward(
+        torch.tensor(dy, dtype=torch.float64)
+    )
+    torch.optim.SGD([leaf], lr=0.1, weight_decay=weight_decay).step()
+    for name in instruction_sets():
+        options = {"learning_rate": 0.1, "weight_decay": weight_decay}
+        (result,) = run_one("LINEAR_UPDATE", [w, dy, x], [], machine=native_machine(name), **options)
+        np.testing.assert_allclose(result, leaf.detach().numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 def test_adam_knows_large_step_numbers() -> None:
     w, g = np.ones(3, np.float32), np.full(3, 0.5, np.float32)
     m, v = np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32)

@@ -90,7 +90,7 @@ class Runner {
             if (optimizer && !updating && !gradients_are_finite(i)) return Fault::kNotFinite;
             updating = optimizer;
             if (optimizer && is_frozen(op)) continue;
-            Fault fault = op.partner == kNoPartner ? call(i) : optimizer ? update(i) : gradient(i);
+            Fault fault = call(i);
             if (fault != Fault::kNone) return fault;
         }
         return Fault::kNone;
@@ -100,47 +100,22 @@ class Runner {
     const Operand* operands(size_t number) const { return prepared_->operands.data + prepared_->first_operand[number]; }
     bool is_frozen(const Op& op) const { return engine_->frozen[size_t(op.variable)]; }
 
-    Fault call(uint16_t code, const Operand* in, uint32_t inputs, const Operand* out, uint32_t outputs,
-               const Attribute* attributes) {
-        return engine_->kernels[code](Call{in, inputs, out, outputs, attributes, engine_->workspace, &run_});
-    }
     Fault call(size_t number) {
         const Op& op = program_.ops[number];
         const Operand* in = operands(number);
-        return call(op.code, in, op.inputs, in + op.inputs, op.outputs, op.attributes);
+        return engine_->kernels[op.code](
+            Call{in, op.inputs, in + op.inputs, op.outputs, op.attributes, engine_->workspace, &run_});
     }
 
     // The gradients of all updates that follow one another, before the first of them changes anything.
     bool gradients_are_finite(size_t first) const {
         for (size_t i = first; i < program_.ops.size && is_optimizer(program_.ops[i].code); ++i) {
             const Op& op = program_.ops[i];
-            if (is_frozen(op) || (op.partner != kNoPartner && prepared_->waits[size_t(op.partner)])) continue;
+            if (is_frozen(op) || op.code == op::LINEAR_UPDATE) continue;  // which has no gradient in memory
             const Operand& gradient = operands(i)[1];
             if (!engine_->isa->all_finite(gradient.f32(), gradient.elements)) return false;
         }
         return true;
-    }
-
-    // A LINEAR_GRAD_WEIGHT that its SGD may do: left to it if its result is surely finite. The bias does not wait.
-    Fault gradient(size_t number) {
-        const Op& op = program_.ops[number];
-        const Operand* in = operands(number);
-        bool waits = !is_frozen(program_.ops[size_t(op.partner)]) &&
-                     call(kLinearUpdateCheck, in, 2, nullptr, 0, nullptr) == Fault::kNone;
-        prepared_->waits[number] = waits;
-        if (!waits) return call(number);
-        Operand out[2] = {in[2], op.outputs > 1 ? in[3] : in[2]};
-        out[0].data = nullptr;
-        return call(op.code, in, op.inputs, out, op.outputs, op.attributes);
-    }
-
-    // The SGD of such a gradient.
-    Fault update(size_t number) {
-        const size_t partner = size_t(program_.ops[number].partner);
-        if (!prepared_->waits[partner]) return call(number);
-        const Operand* gradient = operands(partner);
-        const Operand in[] = {gradient[0], gradient[1], operands(number)[0]};
-        return call(kLinearUpdate, in, 3, nullptr, 0, nullptr);
     }
 
     evensong_engine* engine_;

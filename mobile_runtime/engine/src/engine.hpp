@@ -11,7 +11,6 @@ namespace evensong {
 struct Prepared {
     Array<Operand> operands;
     Array<uint32_t> first_operand;  // of each operation, in `operands`
-    Array<uint8_t> waits;           // operations that their partner does, in this run
     uint32_t batch;                 // that `operands` now describe
     bool updates_statistics;
 };

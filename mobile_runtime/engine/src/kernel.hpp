@@ -66,9 +66,4 @@ using Kernel = Fault (*)(const Call&);
 
 constexpr uint32_t kOpCodes = 160;  // size of a kernel table; codes are below it
 
-// Two kernels that no artifact can name: the engine puts them in the place of LINEAR_GRAD_WEIGHT and SGD, see fuse.cpp.
-constexpr uint16_t kLinearUpdateCheck =
-    158;                                 // dy, x: kNone if every element of dy^T x is surely finite, else kNotFinite
-constexpr uint16_t kLinearUpdate = 159;  // dy, x, w: w -= learning_rate dy^T x
-
 }  // namespace evensong

@@ -4,6 +4,9 @@
 
 namespace evensong {
 namespace EVENSONG_ISA {
+
+bool all_finite(const float* values, size_t count);  // kernels.cpp
+
 namespace {
 
 constexpr size_t kDepth = workspace::kDepth;
@@ -85,10 +88,10 @@ void multiply_transposed(const Operand& dy, const Operand& x, float* out, bool a
     }
 }
 
-// dw[O,I] = dy^T x; db[O] = sum of dy over rows. Without memory for dw only db is computed.
+// dw[O,I] = dy^T x; db[O] = sum of dy over rows
 Fault linear_grad_weight(const Call& call) {
     const Operand& dy = call.in[0];
-    if (call.out[0].data) multiply_transposed(dy, call.in[1], call.out[0].f32_mut(), false, 1.0f, call.workspace);
+    multiply_transposed(dy, call.in[1], call.out[0].f32_mut(), false, 1.0f, call.workspace);
     if (call.outputs > 1) bias_gradient(dy.f32(), dy.elements / dy.last(), dy.last(), call.out[1].f32_mut());
     return Fault::kNone;
 }
@@ -108,16 +111,21 @@ float largest(const Operand& x) {
     return magnitude;
 }
 
-// See kernel.hpp. |dw| is at most M max|dy| max|x|: if that is far inside the range of float32, all of it is finite.
-Fault linear_update_check(const Call& call) {
-    const Operand& dy = call.in[0];
-    const float bound = float(dy.elements / dy.last()) * largest(dy) * largest(call.in[1]);
-    return bound < 1e30f && bound * call.run->learning_rate < 1e30f ? Fault::kNone : Fault::kNotFinite;
-}
-
+// w -= learning_rate (dy^T x + weight_decay w). |dy^T x| is at most M max|dy| max|x|: where that is far inside the
+// range of float32, a finite w stays finite and is not read once more.
 Fault linear_update(const Call& call) {
-    multiply_transposed(call.in[0], call.in[1], call.in[2].f32_mut(), true, -call.run->learning_rate, call.workspace);
-    return Fault::kNone;
+    const Operand &w = call.in[0], &dy = call.in[1], &x = call.in[2];
+    const float learning_rate = call.run->learning_rate, keep = 1.0f - learning_rate * call.attr[0].f;
+    const float bound = float(dy.elements / dy.last()) * largest(dy) * largest(x);
+    const bool surely_finite = bound < 1e30f && bound * learning_rate < 1e30f && keep >= -1.0f && keep <= 1.0f;
+    if (keep != 1.0f) {
+        for (size_t i = 0; i < w.elements; i += kLanes) {
+            const size_t live = w.elements - i;
+            store_upto(w.f32_mut() + i, load_upto(w.f32() + i, live) * keep, live);
+        }
+    }
+    multiply_transposed(dy, x, w.f32_mut(), true, -learning_rate, call.workspace);
+    return surely_finite || all_finite(w.f32(), w.elements) ? Fault::kNone : Fault::kNotFinite;
 }
 
 }  // namespace
@@ -127,8 +135,7 @@ void register_linear(Kernel* table) {
     table[op::LINEAR] = linear;
     table[op::LINEAR_GRAD_INPUT] = linear_grad_input;
     table[op::LINEAR_GRAD_WEIGHT] = linear_grad_weight;
-    table[kLinearUpdateCheck] = linear_update_check;
-    table[kLinearUpdate] = linear_update;
+    table[op::LINEAR_UPDATE] = linear_update;
 }
 
 }  // namespace EVENSONG_ISA

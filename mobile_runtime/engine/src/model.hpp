@@ -105,7 +105,6 @@ struct Tensor {
 };
 
 constexpr int32_t kNoVariable = -1;
-constexpr int32_t kNoPartner = -1;
 
 struct Op {
     uint16_t code;
@@ -113,7 +112,6 @@ struct Op {
     const uint32_t* operands;  // tensors: inputs, then outputs
     const Attribute* attributes;
     int32_t variable;  // what an optimiser updates, else kNoVariable
-    int32_t partner;   // of a LINEAR_GRAD_WEIGHT and an SGD that may run as one, else kNoPartner
 };
 
 struct Port {
@@ -175,10 +173,6 @@ evensong_status parse(const Sections& sections, const Parts& parts, Block* block
 // Matches every operation with its operands (dtypes, ranks, sizes, attributes, regions, overlaps, workspace, amount of
 // work) and sets Op::variable. Afterwards no kernel can leave its memory.
 evensong_status verify(Model* model, Report* report);
-
-// Sets Op::partner where a weight's gradient need not stand in memory between its computation and its use. False: no
-// memory.
-bool fuse(Block* block, Model* model);
 
 // Whether two tensors of one program share memory, for any batch.
 bool overlap(const Tensor& a, const Tensor& b);

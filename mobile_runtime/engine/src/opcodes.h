@@ -39,6 +39,7 @@ constexpr uint16_t REDUCE_MEAN_GRAD = 38;
 constexpr uint16_t DROPOUT = 39;
 constexpr uint16_t DROPOUT_GRAD = 40;
 constexpr uint16_t FILL = 41;
+constexpr uint16_t LINEAR_UPDATE = 44;
 constexpr uint16_t TRANSPOSE = 50;
 constexpr uint16_t CONCAT = 51;
 constexpr uint16_t SLICE = 52;
@@ -128,6 +129,7 @@ inline constexpr Signature kSignatures[] = {
     {39, 1, 1, 2, 2, 2, 0, 0, 1, "DROPOUT"},
     {40, 2, 2, 1, 1, 1, 0, 0, 1, "DROPOUT_GRAD"},
     {41, 0, 0, 1, 1, 1, 0, 0, 0, "FILL"},
+    {44, 3, 3, 0, 0, 1, 0, 1, 0, "LINEAR_UPDATE"},
     {50, 1, 1, 1, 1, 6, 0, 0, 0, "TRANSPOSE"},
     {51, 1, 1, 1, 1, 1, 1, 0, 0, "CONCAT"},
     {52, 1, 1, 1, 1, 2, 0, 0, 0, "SLICE"},

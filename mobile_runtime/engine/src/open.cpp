@@ -99,8 +99,7 @@ evensong_status begin(const char* instruction_set, const void* bytes, size_t siz
 bool prepare(const Program& program, Block* block, Prepared* out) {
     size_t operands = 0;
     for (const Op& op : program.ops) operands += size_t(op.inputs) + op.outputs;
-    if (!out->operands.allocate(block, operands) || !out->first_operand.allocate(block, program.ops.size) ||
-        !out->waits.allocate(block, program.ops.size)) {
+    if (!out->operands.allocate(block, operands) || !out->first_operand.allocate(block, program.ops.size)) {
         return false;
     }
     size_t operand = 0, number = 0;
@@ -141,7 +140,7 @@ evensong_status describe(const Request& request, const InstructionSet* isa, void
                 return report->fail(EVENSONG_PROGRAM, "this build has no kernel for operation %u", op.code);
         }
     }
-    bool ready = fuse(&block, &model) && engine->frozen.allocate(&block, model.variables.size) &&
+    bool ready = engine->frozen.allocate(&block, model.variables.size) &&
                  engine->statistics.allocate(&block, size_t(request.parts.buffers)) &&
                  engine->prepared.allocate(&block, model.programs.size);
     for (size_t i = 0; ready && i < model.programs.size; ++i) {

@@ -396,7 +396,6 @@ evensong_status read_op(Cursor* cursor, Model* model, const Program& program, si
     out->outputs = cursor->u8();
     uint8_t n_attributes = cursor->u8(), zero = cursor->u8();
     out->variable = kNoVariable;
-    out->partner = kNoPartner;
     const Signature* signature = nullptr;
     for (const Signature& row : kSignatures) {
         if (row.code == out->code) signature = &row;

@@ -272,6 +272,7 @@ constexpr Rule kRules[] = {
     {op::LINEAR, "f*MI fOI fO? > f*MO | a", nullptr, "MIO", linear_workspace},
     {op::LINEAR_GRAD_INPUT, "f*MO fOI > f*MI", nullptr, "MIO", linear_grad_input_workspace},
     {op::LINEAR_GRAD_WEIGHT, "f*MO f*MI > fOI fO?", nullptr, "MIO", linear_grad_weight_workspace},
+    {op::LINEAR_UPDATE, "fOI f*MO f*MI > | f", nullptr, "MIO", linear_grad_weight_workspace},
     {op::CONV2D, "fNHWC fOKLD fO? > fNPQO | ssppsssa", check_convolution, "NPQOKLD", convolution_workspace},
     {op::CONV2D_GRAD_INPUT, "fNPQO fOKLD > fNHWC | ssppsss", check_convolution, "NPQOKLD",
      convolution_grad_input_workspace},
@@ -594,7 +595,7 @@ bool overlap(const Tensor& a, const Tensor& b) {
     return a.offset < b.end() && b.offset < a.end();
 }
 
-bool is_optimizer(uint16_t code) { return code == op::SGD || code == op::ADAM; }
+bool is_optimizer(uint16_t code) { return code == op::SGD || code == op::ADAM || code == op::LINEAR_UPDATE; }
 bool is_loss(uint16_t code) { return code >= op::CROSS_ENTROPY && code <= op::BCE_WITH_LOGITS; }
 
 evensong_status verify(Model* model, Report* report) {

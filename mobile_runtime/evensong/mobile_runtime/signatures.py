@@ -54,6 +54,7 @@ SIGNATURES: dict[str, str] = {
     "DROPOUT": "f#N > f#N u#N | f.",
     "DROPOUT_GRAD": "f#N u#N > f#N | f",
     "FILL": "> f#N | f",
+    "LINEAR_UPDATE": "fOI f*MO f*MI > | f",
     "TRANSPOSE": "x#N > x#N | ......",
     "CONCAT": "x#A > x#N | n",
     "SLICE": "x#A > x#N | nn",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from evensong.mobile_runtime.errors import DivergedError
-from evensong.mobile_runtime.twin_call import Array, Call, Kernel
+from evensong.mobile_runtime.twin_call import Array, Call, Kernel, rows
 
 
 def sgd(
@@ -45,9 +45,15 @@ def adam(
     check_finite(w)
 
 
+def linear_update(call: Call, w: Array, dy: Array, x: Array, *, weight_decay: float) -> None:
+    g = rows(dy).T @ rows(x) + np.float32(weight_decay) * w
+    w -= np.float32(call.clock.learning_rate) * g
+    check_finite(w)
+
+
 def check_finite(w: Array) -> None:
     if not np.isfinite(w).all():
         raise DivergedError("a weight is not finite after its update")
 
 
-KERNELS: dict[str, Kernel] = {"SGD": sgd, "ADAM": adam}
+KERNELS: dict[str, Kernel] = {"SGD": sgd, "ADAM": adam, "LINEAR_UPDATE": linear_update}

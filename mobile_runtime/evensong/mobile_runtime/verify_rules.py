@@ -21,7 +21,7 @@ from evensong.wire.program import (
 )
 
 LOSSES = frozenset({"CROSS_ENTROPY", "MSE", "BCE_WITH_LOGITS"})
-OPTIMIZERS = frozenset({"SGD", "ADAM"})
+OPTIMIZERS = frozenset({"SGD", "ADAM", "LINEAR_UPDATE"})
 
 _DTYPES = {
     "f": (DType.F32,),
@@ -335,7 +335,7 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
 # ------------------------------------------------------------------------------------------------- amount of work
 
 _PRODUCTS = {
-    **dict.fromkeys(("LINEAR", "LINEAR_GRAD_INPUT", "LINEAR_GRAD_WEIGHT", "QLINEAR"), "MIO"),
+    **dict.fromkeys(("LINEAR", "LINEAR_GRAD_INPUT", "LINEAR_GRAD_WEIGHT", "LINEAR_UPDATE", "QLINEAR"), "MIO"),
     **dict.fromkeys(("CONV2D", "CONV2D_GRAD_INPUT", "CONV2D_GRAD_WEIGHT", "QCONV2D"), "NPQOKLD"),
     **dict.fromkeys(("GRU", "GRU_GRAD", "LSTM", "LSTM_GRAD"), "NTGH"),
 }

@@ -176,6 +176,8 @@ OPS: dict[str, OpSpec] = {
     "DROPOUT": _spec(39, "x", "y mask", "p:f stream:i", inplace=[(0, 0)], doc="mask u8; keep if u >= p, y = x / (1 - p); u from Philox4x32-10, see docs/artifact.md"),
     "DROPOUT_GRAD": _spec(40, "dy mask", "dx", "p:f", inplace=[(0, 0)], doc="dx = mask ? dy / (1 - p) : 0"),
     "FILL": _spec(41, "", "y", "value:f", doc="y[i] = value"),
+    # --- weight gradient and plain SGD in one: the gradient of a large layer needs no memory
+    "LINEAR_UPDATE": _spec(44, "w dy x", "", "weight_decay:f", updates=(0,), doc="an optimiser: w -= lr (dy^T x + weight_decay w), LINEAR_GRAD_WEIGHT and SGD in one"),
     # --- movement, any dtype
     "TRANSPOSE": _spec(50, "x", "y", "perm0:i perm1:i perm2:i perm3:i perm4:i perm5:i", doc="y.dims[i] = x.dims[perm[i]]; unused places are -1; a batched tensor keeps dimension 0"),
     "CONCAT": _spec(51, "a", "y", "axis:i", variadic=True, doc="joins along axis; batched tensors not along 0"),

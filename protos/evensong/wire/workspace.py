@@ -45,6 +45,9 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
         case "LINEAR_GRAD_WEIGHT":
             dy, dw = operands[0], tensors[op.outputs[0]]
             return _F32 * PANEL * min(dy.elements // dw.dims[0], DEPTH)
+        case "LINEAR_UPDATE":
+            w, dy = operands[:2]
+            return _F32 * PANEL * min(dy.elements // w.dims[0], DEPTH)
         case "CONV2D":
             return _conv_need(operands[1], op.attrs, pixels=prod(tensors[op.outputs[0]].dims[:3]), itemsize=_F32)
         case "CONV2D_GRAD_INPUT":

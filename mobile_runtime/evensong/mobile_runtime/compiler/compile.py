@@ -92,7 +92,7 @@ def compile(
     graphs: list[tuple[Graph, int]] = []
     if names:
         training = trace(model, examples, training=True)
-        graphs.append((_train(training, weights, calibrator, chosen_loss, optimizer), batch_size))
+        graphs.append((_train(training, weights, calibrator, chosen_loss, optimizer, batch_size), batch_size))
     graphs.append((_evaluate(inference, weights, calibrator, chosen_loss), batch_size))
     predict, description = _predict(inference, weights, calibrator)
     graphs.append((predict, predict_batch))
@@ -155,7 +155,9 @@ class CompiledArtifact:
 # ------------------------------------------------------------------------------------------------------------- programs
 
 
-def _train(traced: Trace, weights: Weights, calibrator: Calibrator | None, loss: str, optimizer: Optimizer) -> Graph:
+def _train(
+    traced: Trace, weights: Weights, calibrator: Calibrator | None, loss: str, optimizer: Optimizer, batch: int
+) -> Graph:
     forward = lower(traced, weights, "train")
     graph = forward.graph
     trainable = {weights.view(name).value for name in weights.trainable}
@@ -163,7 +165,7 @@ def _train(traced: Trace, weights: Weights, calibrator: Calibrator | None, loss:
     _finish(forward, weights, calibrator, lambda value: value.root in behind)
     seeds = add_loss(graph, forward.output, loss, gradient=True)
     gradients = differentiate(graph, seeds, trainable)
-    apply_optimizer(graph, gradients, weights.variables, optimizer)
+    apply_optimizer(graph, gradients, weights.variables, optimizer, batch)
     return graph
 
 

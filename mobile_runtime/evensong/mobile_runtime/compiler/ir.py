@@ -143,6 +143,11 @@ class Graph:
                 self.outputs[name] = new.reshaped(value.dims)
 
 
+def nbytes(value: Value, batch: int) -> int:
+    """Bytes of ``value`` when a batch has ``batch`` examples."""
+    return value.elements * value.dtype.itemsize * (batch if value.batched else 1)
+
+
 def constant(data: Data, name: str = "") -> Value:
     """A CONST value with the given content; float32, int8 or int32."""
     dtype = {"f": DType.F32, "i1": DType.I8, "i4": DType.I32}[

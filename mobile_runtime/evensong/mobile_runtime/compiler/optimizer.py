@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from evensong.mobile_runtime.compiler.ir import Graph, Node, Value
+from evensong.mobile_runtime.compiler.ir import Graph, Node, Value, nbytes
 from evensong.mobile_runtime.errors import CompileError
 from evensong.wire.program import Region
 
@@ -60,14 +60,14 @@ Optimizer = SGD | Adam
 
 
 def apply_optimizer(
-    graph: Graph, gradients: Mapping[Value, Value], order: Sequence[Value], optimizer: Optimizer
+    graph: Graph, gradients: Mapping[Value, Value], order: Sequence[Value], optimizer: Optimizer, batch: int
 ) -> None:
     """Puts each weight's step right behind the last use of the weight and of its gradient, so that the gradient's
-    memory is free again as early as can be. ``order`` fixes the order of slots and of steps at the same place."""
-    last_use: dict[Value, int] = {}
-    for index, node in enumerate(graph.nodes):
-        for value in (*node.inputs, *node.outputs):
-            last_use[value.root] = index
+    memory is free again as early as can be. ``order`` fixes the order of slots and of steps at the same place.
+
+    Steps of ``batch`` examples decide where a gradient is better never stored, see :func:`update_linear_weights`.
+    """
+    last_use = _last_uses(graph)
     steps: dict[int, list[Node]] = {}
     for weight in order:
         if weight not in gradients:
@@ -78,3 +78,36 @@ def apply_optimizer(
         node.place = weight.name
         steps.setdefault(max(last_use[weight], last_use[gradient.root]), []).append(node)
     graph.nodes = [n for index, node in enumerate(graph.nodes) for n in (node, *steps.get(index, []))]
+    update_linear_weights(graph, batch)
+
+
+def update_linear_weights(graph: Graph, batch: int) -> None:
+    """A linear layer's weight gradient and the plain SGD that alone reads it become one LINEAR_UPDATE, which adds the
+    product to the weight as it is computed: often the largest tensor of all is then never stored.
+
+    The price is that the layer's input lives until the update, behind the last use of the weight. Where that costs
+    more than the gradient would, the two stay apart.
+    """
+    makers, readers, last_use = graph.producers(), graph.readers(), _last_uses(graph)
+    for at, step in enumerate(graph.nodes):
+        if step.op != "SGD" or len(step.inputs) != 2:
+            continue
+        weight, gradient = step.inputs
+        maker = makers.get(gradient.root)
+        if maker is None or maker.op != "LINEAR_GRAD_WEIGHT" or gradient.root is not maker.outputs[0].root:
+            continue
+        if len(readers[gradient.root]) != 1:
+            continue
+        dy, x = maker.inputs
+        grown = [value.root for value in (dy, x) if value.region == Region.ARENA and last_use[value.root] < at]
+        if graph.nodes.index(maker) + 1 < at and sum(nbytes(v, batch) for v in grown) > nbytes(gradient.root, batch):
+            continue
+        attrs = {"weight_decay": step.attrs["weight_decay"]}
+        graph.nodes[at] = Node("LINEAR_UPDATE", [weight.reshaped(maker.outputs[0].dims), dy, x], [], attrs, step.place)
+        maker.op, maker.inputs, maker.outputs = "SUM_ROWS", [dy], maker.outputs[1:]
+    graph.nodes = [node for node in graph.nodes if node.op != "SUM_ROWS" or node.outputs]
+
+
+def _last_uses(graph: Graph) -> dict[Value, int]:
+    """For each root value, the last place in the order of execution that reads or writes it."""
+    return {value.root: at for at, node in enumerate(graph.nodes) for value in (*node.inputs, *node.outputs)}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from evensong.mobile_runtime.compiler.ir import Graph, Node, Value
+from evensong.mobile_runtime.compiler.ir import Graph, Node, Value, nbytes
 from evensong.wire.artifact import align
 from evensong.wire.program import OPS, Region
 
@@ -130,11 +130,6 @@ def _spans(graph: Graph, batch: int) -> dict[Value, Lifetime]:
                 first = spans[root].first if root in spans else step
                 spans[root] = Lifetime(nbytes(root, batch), first, step)
     return spans
-
-
-def nbytes(value: Value, batch: int) -> int:
-    """Bytes of ``value`` when a batch has ``batch`` examples."""
-    return value.elements * value.dtype.itemsize * (batch if value.batched else 1)
 
 
 def _share_in_place(graph: Graph, spans: dict[Value, Lifetime], batch: int) -> dict[Value, Value]:
