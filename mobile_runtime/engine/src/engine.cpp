@@ -1,8 +1,6 @@
 // Running programs. include/evensong.h has the rules.
 #include "engine.hpp"
 
-#include <math.h>
-
 #include "opcodes.h"
 
 using namespace evensong;
@@ -162,7 +160,7 @@ evensong_status evensong_run(evensong_engine* engine, uint32_t program_index, ui
     if (options->flags & ~uint32_t(EVENSONG_CHECK_INPUTS)) {
         return report.fail(EVENSONG_ARGUMENT, "unknown flags in the options");
     }
-    if (!isfinite(options->learning_rate) || options->learning_rate < 0 || options->step < 1) {
+    if (!__builtin_isfinite(options->learning_rate) || options->learning_rate < 0 || options->step < 1) {
         return report.fail(EVENSONG_ARGUMENT, "the learning rate must be finite and >= 0, and the step at least 1");
     }
     if (evensong_status status = check_buffers(program, false, batch, inputs, input_count, &report)) return status;

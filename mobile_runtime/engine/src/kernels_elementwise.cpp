@@ -88,7 +88,7 @@ Fault unary_grad(const Call& call) {
             map(dy, s, dx, count, [](Floats g, Floats y) { return y > 0.0f ? g : Floats{}; });
             break;
         case activation::RELU6:
-            map(dy, s, dx, count, [](Floats g, Floats y) { return (y > 0.0f) & (y < 6.0f) ? g : Floats{}; });
+            map(dy, s, dx, count, [](Floats g, Floats y) { return ((y > 0.0f) & (y < 6.0f)) ? g : Floats{}; });
             break;
         case activation::HARDSWISH:
             map(dy, s, dx, count, [](Floats g, Floats x) {

@@ -2,9 +2,6 @@
 #include "gemm.hpp"
 #include "sums.hpp"
 
-// Loops over the registers of a tile must vanish, at any optimisation level.
-#define EVENSONG_UNROLL _Pragma("GCC unroll 32")
-
 namespace evensong {
 namespace EVENSONG_ISA {
 namespace {

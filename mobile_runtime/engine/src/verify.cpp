@@ -11,7 +11,6 @@
 //              #number: exactly so many elements
 //   attribute  s 1..32768 (stride, dilation, kernel)   p 0..32768 (padding)   n any >= 0   . any   b 0 or 1   q int8
 //              a fused activation   k activation   f finite
-#include <math.h>
 
 #include "model.hpp"
 #include "opcodes.h"
@@ -164,7 +163,7 @@ const char* check_quantized(const Context& c) {
         if (tensor.dtype != DType::kI8) continue;
         if (tensor.zero_point < -128 || tensor.zero_point > 127) return "a zero point is not an int8";
         bool scale_counts = c.op.code == op::QUANTIZE || c.op.code == op::DEQUANTIZE;
-        if (scale_counts && !(tensor.scale > 0 && isfinite(tensor.scale) && isfinite(1 / tensor.scale))) {
+        if (scale_counts && !(tensor.scale > 0 && __builtin_isfinite(tensor.scale) && __builtin_isfinite(1 / tensor.scale))) {
             return "a scale is not positive and finite";
         }
     }
@@ -425,7 +424,7 @@ bool attribute_fits(char kind, Attribute attribute) {
         case 'k':
             return i > activation::NONE && i <= activation::SILU;
         case 'f':
-            return isfinite(attribute.f);
+            return __builtin_isfinite(attribute.f);
         default:
             return true;
     }
@@ -458,9 +457,10 @@ const char* check_memory(const Context& c, const Signature& signature) {
     return nullptr;
 }
 
+// The bits of both say enough: what reaches 2^63 is beyond every limit. (An overflow check would need 128 bits, which not
+// every target can multiply without a library.)
 uint64_t saturating_product(uint64_t a, uint64_t b) {
-    uint64_t product;
-    return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
+    return a && b && __builtin_clzll(a) + __builtin_clzll(b) < 64 ? UINT64_MAX : a * b;
 }
 
 uint64_t amount_of_work(const Context& c, const char* formula) {
