@@ -115,7 +115,7 @@ class Unit:
 
 
 def compile_units(target: str = HOST, only: str | None = None) -> list[Unit]:
-    """Everything that a library for ``target`` is made of; ``only`` names one instruction set to leave out all others."""
+    """Everything that a library for ``target`` is made of; ``only`` leaves out all instruction sets but that one."""
     flags = read_build_file()
     sets = [only] if only else [name.removeprefix(f"{target}/") for name in flags if name.startswith(f"{target}/")]
     shared = [*flags["common"], *flags.get(f"target/{target}", ())]
