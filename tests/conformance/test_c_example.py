@@ -16,6 +16,9 @@ from evensong.wire.artifact import decode_artifact
 EXAMPLE = REPOSITORY / "mobile_runtime" / "examples" / "c"
 ARTIFACT = EXAMPLE / "spirals.evsg"
 
+ANDROID_C_LIBRARY = {"calloc", "free", "getauxval", "memcmp", "memcpy", "memset", "snprintf", "strcmp", "vsnprintf"}
+PAGE_BYTES = 16384  # of Android from version 15 on
+
 
 def check(text: str) -> None:
     """It learned (it returned 0 for that) and says the same of its memory as the artifact does."""
@@ -61,6 +64,23 @@ def test_a_shared_library_for_arm_links_and_runs(target: str, tmp_path: Path) ->
     root = Path("/usr") / Path(tool(compiler)).name.removesuffix("-gcc")  # where Debian keeps the target's C library
     command = machines["max"]
     check(execute([tool(command[0]), *command[1:], "-L", root, program, ARTIFACT]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_library_for_android_needs_only_what_its_system_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built as the NDK's clang does, but without the NDK's headers: nobody links it here, so what it asks for counts."""
+    linker = tool("aarch64-linux-gnu-ld")
+    monkeypatch.setenv("CXX", f"{tool('clang++')} --target=aarch64-linux-android21 -fuse-ld={linker}")
+    library = engine_build.build_engine(
+        tmp_path / "libevensong.so", target="aarch64", extra_flags=["-ffreestanding", "-nostdlib", "-w"]
+    )
+    symbols = execute([tool("aarch64-linux-gnu-nm"), "-D", library]).splitlines()
+    assert {line.split()[-1] for line in symbols if line.split()[-2] == "U"} <= ANDROID_C_LIBRARY
+    loads = [line.split() for line in execute(["readelf", "-lW", library]).splitlines() if "LOAD" in line]
+    assert loads and all(int(load[-1], 16) >= PAGE_BYTES for load in loads)
 
 
 def test_the_artifact_is_what_its_script_compiles() -> None:
