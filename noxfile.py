@@ -30,7 +30,7 @@ def lint(session: nox.Session) -> None:
     session.install(".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    listed = session.run("git", "ls-files", "*.cpp", "*.hpp", "*.h", external=True, silent=True)
+    listed = session.run("git", "ls-files", "*.c", "*.cpp", "*.hpp", "*.h", external=True, silent=True)
     session.run("clang-format", "--dry-run", "--Werror", *str(listed).split())
     session.run("mypy")
     session.run("lint-imports")

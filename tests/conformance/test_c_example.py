@@ -68,10 +68,8 @@ def test_a_shared_library_for_arm_links_and_runs(target: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_library_for_android_needs_only_what_its_system_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Built as the NDK's clang does, but without the NDK's headers: nobody links it here, so what it asks for counts."""
+def test_a_library_for_android_needs_only_what_its_system_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built as the NDK's clang does, without the NDK's headers. Nobody links it here: what it asks for counts."""
     linker = tool("aarch64-linux-gnu-ld")
     monkeypatch.setenv("CXX", f"{tool('clang++')} --target=aarch64-linux-android21 -fuse-ld={linker}")
     library = engine_build.build_engine(

@@ -163,7 +163,8 @@ const char* check_quantized(const Context& c) {
         if (tensor.dtype != DType::kI8) continue;
         if (tensor.zero_point < -128 || tensor.zero_point > 127) return "a zero point is not an int8";
         bool scale_counts = c.op.code == op::QUANTIZE || c.op.code == op::DEQUANTIZE;
-        if (scale_counts && !(tensor.scale > 0 && __builtin_isfinite(tensor.scale) && __builtin_isfinite(1 / tensor.scale))) {
+        if (scale_counts &&
+            !(tensor.scale > 0 && __builtin_isfinite(tensor.scale) && __builtin_isfinite(1 / tensor.scale))) {
             return "a scale is not positive and finite";
         }
     }
@@ -457,8 +458,8 @@ const char* check_memory(const Context& c, const Signature& signature) {
     return nullptr;
 }
 
-// The bits of both say enough: what reaches 2^63 is beyond every limit. (An overflow check would need 128 bits, which not
-// every target can multiply without a library.)
+// The bits of both say enough: what reaches 2^63 is beyond every limit. (An overflow check would need 128 bits, which
+// not every target can multiply without a library.)
 uint64_t saturating_product(uint64_t a, uint64_t b) {
     return a && b && __builtin_clzll(a) + __builtin_clzll(b) < 64 ? UINT64_MAX : a * b;
 }
