@@ -696,6 +696,9 @@ def _qpool(c: Case) -> None:
     c.input(1, *p.image, p.channels, value=_int8(c, 1, *p.image, p.channels), **quantised)
     average = c.name == "QAVG_POOL2D"
     c.output(1, *p.out, p.channels, dtype=DType.I8, **(_zero_point(c) if average else quantised))
+    if not average:
+        places = p.attrs["kernel_h"] * p.attrs["kernel_w"]
+        c.maybe(1, *p.out, p.channels, dtype=DType.U8 if places <= 256 else DType.I32)
     more = {"count_include_pad": c.size(0, 1), "ratio": float(0.5 + c.rng.random())} if average else {}
     c.finish(**p.attrs, **more)
 
@@ -796,3 +799,238 @@ def _byte_table(c: Case) -> None:
     c.weight(channels, 256, value=_int8(c, channels, 256, batched=False))
     c.output(rows, channels, dtype=DType.I8)
     c.finish()
+
+
+# ------------------------------------------------------------------------------------------------- int8 training
+
+
+class Training:
+    """What int8 training keeps beside a model: scales and peaks of activations, scales of gradients."""
+
+    def __init__(self, c: Case) -> None:
+        self.c = c
+        self.count = c.size(1, 3)
+        values = (0.01 + c.rng.random(self.count) / 10).astype(np.float32)
+        self.scales = c.builder.const(values)
+        self.updated_scales = c.builder.variable("scales", values, VariableFlag.BUFFER)
+        self.peaks = c.builder.slot((self.count,))
+        self.gradients = c.builder.slot((4, 2))
+
+    def entry(self) -> int:
+        return self.c.size(0, self.count - 1)
+
+    def known_gradient(self) -> int:
+        """The number of a gradient whose scale the program has set: from a few random numbers."""
+        index = self.c.size(0, 2)
+        numbers = self.c.builder.const(self.c.floats(5) * np.float32(10.0 ** self.c.size(-3, 1)))
+        scratch = self.c.builder.scratch((5,), DType.I8)
+        self.c.builder.op("G_QUANTIZE", [numbers, self.gradients], [scratch], index=index, stream=1)
+        return index
+
+    def weight_scale(self, outputs: int) -> int:
+        return self.c.builder.const((0.001 + self.c.rng.random(outputs) / 50).astype(np.float32))
+
+
+def _gradient(c: Case, *dims: int) -> Array:
+    return c.integers(-127, 127, *c.live(dims, True), dtype=np.int8)
+
+
+def _stream(c: Case) -> int:
+    return int(c.draw(st.integers(-(2**31), 2**31 - 1)))
+
+
+@_case("Q_PREPARE")
+def _prepare(c: Case) -> None:
+    t, outputs, depth = Training(c), _big(c), _big(c)
+    c.weight(outputs, depth, value=_int8(c, outputs, depth, batched=False))
+    c.operands += [t.weight_scale(outputs), t.scales]
+    if c.flag():
+        c.weight(outputs, value=c.floats(outputs) * np.float32(10.0 ** c.size(-3, 9)))
+    c.output(outputs, dtype=DType.I32, batched=False)
+    c.output(outputs, batched=False)
+    c.finish(x=t.entry(), y=t.entry(), zero_point=c.size(-128, 127))
+
+
+@_case("Q_OBSERVE")
+def _observe(c: Case) -> None:
+    t, count = Training(c), _big(c)
+    zero_point = c.draw(st.sampled_from([0, -128, 5]))
+    c.input(count, 3, value=_int8(c, count, 3), scale=0.05, zero_point=zero_point)
+    c.operands.append(t.peaks)
+    c.finish(index=t.entry(), limit=c.draw(st.sampled_from([127, 255])))
+    c.builder.op("Q_ADAPT", [t.updated_scales, t.peaks], [], grow=1.25, shrink=0.9)
+
+
+@_case("Q_ADAPT")
+def _adapt(c: Case) -> None:
+    t, count = Training(c), _big(c)
+    small = c.integers(-100, 100, *c.live((count, 3), True), dtype=np.int8)
+    x = c.builder.input("in0", c.declared((count, 3), True), DType.I8, batched=True)
+    c.values.append(small)
+    c.builder.op("Q_OBSERVE", [x, t.peaks], [], index=t.entry(), limit=c.draw(st.sampled_from([127, 255])))
+    c.operands += [t.updated_scales, t.peaks]
+    c.finish(grow=1.25, shrink=float(np.float32(c.rng.random())))
+
+
+@_case("Q_QUANTIZE")
+def _scaled_quantize(c: Case) -> None:
+    t, count = Training(c), _big(c)
+    value = 3 * c.floats(*c.live((count, 3), True))
+    value.ravel()[:: c.size(2, 9)] = c.draw(st.sampled_from([np.nan, np.inf, -np.inf, 1e30, 0.125]))
+    c.input(count, 3, value=value)
+    c.operands.append(t.scales)
+    c.output(count, 3, dtype=DType.I8, zero_point=c.size(-128, 127))
+    c.finish(index=t.entry())
+
+
+@_case("Q_DEQUANTIZE")
+def _scaled_dequantize(c: Case) -> None:
+    t, count = Training(c), _big(c)
+    c.input(count, 3, value=_int8(c, count, 3), **_zero_point(c))
+    c.operands.append(t.scales)
+    c.output(count, 3)
+    c.finish(index=t.entry())
+
+
+@_case("Q_ADD")
+def _scaled_add(c: Case) -> None:
+    t, count = Training(c), _big(c)
+    for _ in range(2):
+        c.input(count, 3, value=_int8(c, count, 3), **_zero_point(c))
+    c.operands.append(t.scales)
+    c.output(count, 3, dtype=DType.I8, **_zero_point(c))
+    c.finish(a=t.entry(), b=t.entry(), y=t.entry(), **_range(c))
+
+
+@_case("G_QUANTIZE")
+def _gradient_quantize(c: Case) -> None:
+    t, count = Training(c), _big(c)
+    value = c.floats(*c.live((count, 3), True)) * np.float32(10.0 ** c.size(-30, 10))
+    value.ravel()[:: c.size(2, 9)] = c.draw(st.sampled_from([np.nan, 0.0]))
+    c.input(count, 3, value=value)
+    c.operands.append(t.gradients)
+    c.output(count, 3, dtype=DType.I8)
+    c.finish(index=c.size(0, 3), stream=_stream(c))
+
+
+@_case("G_DEQUANTIZE")
+def _gradient_dequantize(c: Case) -> None:
+    t, count = Training(c), _big(c)
+    index = t.known_gradient()
+    c.input(count, 3, value=_gradient(c, count, 3))
+    c.operands.append(t.gradients)
+    c.output(count, 3)
+    c.finish(index=index)
+
+
+@_case("G_MASK")
+def _gradient_mask(c: Case) -> None:
+    count = _big(c)
+    c.input(count, 3, value=_gradient(c, count, 3))
+    c.input(count, 3, value=_int8(c, count, 3))
+    c.output(count, 3, dtype=DType.I8)
+    c.finish(lo=c.size(-129, 10), hi=c.size(0, 128))
+
+
+@_case("G_SCALE")
+def _gradient_scale(c: Case) -> None:
+    t, rows, outputs = Training(c), c.size(), _big(c)
+    index = t.known_gradient()
+    c.input(rows, outputs, value=_gradient(c, rows, outputs))
+    c.operands += [t.weight_scale(outputs), t.gradients]
+    c.output(rows, outputs, dtype=DType.I8)
+    c.finish(**{"from": index, "to": c.size(0, 3), "stream": _stream(c)})
+
+
+@_case("G_ADD")
+def _gradient_add(c: Case) -> None:
+    t, count = Training(c), _big(c)
+    a, b = t.known_gradient(), t.known_gradient()
+    for _ in range(2):
+        c.input(count, 3, value=_gradient(c, count, 3))
+    c.operands.append(t.gradients)
+    c.output(count, 3, dtype=DType.I8)
+    c.finish(a=a, b=b, to=c.size(0, 3), stream=_stream(c))
+
+
+@_case("G_BIAS")
+def _gradient_bias(c: Case) -> None:
+    t, rows, outputs = Training(c), c.size(), _big(c)
+    index = t.known_gradient()
+    c.input(rows, outputs, value=_gradient(c, rows, outputs))
+    c.operands += [t.weight_scale(outputs), t.gradients]
+    c.output(outputs, batched=False)
+    c.finish(**{"from": index})
+
+
+def _finish_delayed(c: Case, t: Training, index: int, **attrs: float) -> None:
+    """Once, when the operation finds its scale by itself, or twice: the second run takes what the first proposed."""
+    for _ in range(c.size(1, 2)):
+        c.finish(**attrs, **{"from": index, "to": 3, "stream": _stream(c)})
+
+
+@_case("G_LINEAR_INPUT")
+def _gradient_linear_input(c: Case) -> None:
+    t, rows, depth, columns = Training(c), c.draw(st.integers(1, 20)), _big(c), _big(c)
+    index = t.known_gradient()
+    c.input(rows, columns, value=_gradient(c, rows, columns))
+    c.weight(columns, depth, value=_int8(c, columns, depth, batched=False))
+    c.operands.append(t.gradients)
+    c.output(rows, depth, dtype=DType.I8)
+    _finish_delayed(c, t, index)
+
+
+@_case("G_CONV2D_INPUT")
+def _gradient_conv_input(c: Case) -> None:
+    t, g = Training(c), Geometry(c)
+    index = t.known_gradient()
+    c.input(1, *g.out, g.outputs, value=_gradient(c, 1, *g.out, g.outputs))
+    c.weight(*g.weight, value=_int8(c, *g.weight, batched=False))
+    c.operands.append(t.gradients)
+    c.output(1, *g.image, g.inputs, dtype=DType.I8)
+    _finish_delayed(c, t, index, **g.attrs)
+
+
+def _finish_update(c: Case, t: Training, index: int, residual: bool, elements: int, **attrs: float) -> None:
+    c.operands += [t.scales, t.gradients]
+    if residual:
+        c.operands.append(c.builder.slot((elements,), DType.I8))
+    decay = float(c.draw(st.sampled_from([0.0, 0.01])))
+    for _ in range(2):  # the second time with a residual that is not zero
+        c.finish(**attrs, **{"from": index, "entry": t.entry(), "weight_decay": decay, "stream": _stream(c)})
+
+
+@_case("G_LINEAR_UPDATE")
+def _linear_step(c: Case) -> None:
+    t, rows, depth, columns = Training(c), c.draw(st.integers(1, 80)), _big(c), _big(c)
+    index = t.known_gradient()
+    weight = c.integers(-127, 127, columns, depth, dtype=np.int8)
+    c.operands.append(c.builder.variable("w", weight))
+    c.input(rows, columns, value=_gradient(c, rows, columns))
+    c.input(rows, depth, value=_int8(c, rows, depth), **_zero_point(c))
+    c.operands.append(t.weight_scale(columns))
+    _finish_update(c, t, index, c.flag(), weight.size)
+
+
+@_case("G_CONV2D_UPDATE")
+def _conv_step(c: Case) -> None:
+    t, g = Training(c), Geometry(c)
+    index = t.known_gradient()
+    weight = c.integers(-127, 127, *g.weight, dtype=np.int8)
+    c.operands.append(c.builder.variable("w", weight))
+    c.input(1, *g.out, g.outputs, value=_gradient(c, 1, *g.out, g.outputs))
+    c.input(1, *g.image, g.inputs, value=_int8(c, 1, *g.image, g.inputs), **_zero_point(c))
+    c.operands.append(t.weight_scale(g.outputs))
+    _finish_update(c, t, index, c.flag(), weight.size, **g.attrs)
+
+
+@_case("G_MAX_POOL2D")
+def _gradient_max_pool(c: Case) -> None:
+    kernel, channels = c.size(1, 3), c.draw(st.sampled_from([1, 3, 8, 17]))
+    out, stride = (c.size(1, 4), c.size(1, 4)), kernel + c.size(0, 1)
+    image = tuple(size * stride for size in out)
+    c.input(1, *out, channels, value=_gradient(c, 1, *out, channels))
+    places = c.integers(0, kernel * kernel - 1, *c.live((1, *out, channels), True), dtype=np.uint8)
+    c.input(1, *out, channels, value=places)
+    c.output(1, *image, channels, dtype=DType.I8)
+    c.finish(kernel_h=kernel, kernel_w=kernel, stride_h=stride, stride_w=stride)

@@ -90,8 +90,8 @@ class ProgramBuilder:
             self.memory.variables.append(found)
         return self._add(Tensor(found.dtype, Region.STATE, found.dims, found.offset))
 
-    def slot(self, dims: tuple[int, ...]) -> int:
-        index = self._add(Tensor(DType.F32, Region.SLOTS, dims, self.memory.slot_bytes))
+    def slot(self, dims: tuple[int, ...], dtype: DType = DType.F32) -> int:
+        index = self._add(Tensor(dtype, Region.SLOTS, dims, self.memory.slot_bytes))
         self.memory.slot_bytes += align(self.tensors[index].nbytes)
         return index
 

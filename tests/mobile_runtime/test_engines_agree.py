@@ -34,11 +34,15 @@ def test_every_operation_gives_the_same_result(name: str, data: st.DataObject) -
         engine.run(0, case.batch, case.values, outputs, learning_rate=0.1, step=case.step, seed=case.seed)
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_close(a, e, what=f"{name}, output {index}")
-    _assert_memory_agrees(native, twin)
+    _assert_memory_agrees(native, twin, exactly=name.startswith(("Q", "G_")))
     native.close()
 
 
-def _assert_memory_agrees(native: Machine, twin: Machine) -> None:
+def _assert_memory_agrees(native: Machine, twin: Machine, *, exactly: bool) -> None:
+    if exactly:  # integer operations give the same bytes everywhere
+        assert native.state.tobytes() == twin.state.tobytes()
+        assert native.slots.tobytes() == twin.slots.tobytes()
+        return
     assert_close(native.state.view(np.float32), twin.state.view(np.float32), what="state")
     assert_close(native.slots.view(np.float32), twin.slots.view(np.float32), what="slots")
 

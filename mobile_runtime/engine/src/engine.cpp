@@ -111,6 +111,7 @@ class Runner {
             const Op& op = program_.ops[i];
             if (is_frozen(op) || op.code == op::LINEAR_UPDATE) continue;  // which has no gradient in memory
             const Operand& gradient = operands(i)[1];
+            if (gradient.dtype != DType::kF32) continue;
             if (!engine_->isa->all_finite(gradient.f32(), gradient.elements)) return false;
         }
         return true;

@@ -16,6 +16,8 @@ void register_move(Kernel* table);
 void register_loss(Kernel* table);
 void register_optimizer(Kernel* table);
 void register_int8(Kernel* table);
+void register_int8_train(Kernel* table);
+void register_int8_gradient(Kernel* table);
 void register_input(Kernel* table);
 
 void register_all(Kernel* table);
@@ -25,6 +27,7 @@ void register_all(Kernel* table) {
     register_linear(table);
     register_conv(table);
     register_int8(table);
+    register_int8_gradient(table);
 #ifndef EVENSONG_DENSE_ONLY
     register_sequence(table);
     register_pool(table);
@@ -33,6 +36,7 @@ void register_all(Kernel* table) {
     register_move(table);
     register_loss(table);
     register_optimizer(table);
+    register_int8_train(table);
     register_input(table);
 #endif
 }

@@ -297,6 +297,29 @@ EVENSONG_INLINE bool pool_window(const Call& call, const Window& window, int32_t
     return true;
 }
 
+// The first maximum of each channel and its place in the window: for training, one channel at a time.
+bool qmax_window_with_index(const Call& call, const Window& window) {
+    const Operand& index = call.out[1];
+    for (size_t c = 0; c < window.channels; ++c) {
+        const int8_t* line = call.in[0].i8() + window.first + c;
+        int32_t best = -129, place = 0;
+        for (int32_t h = 0; h < window.rows; ++h, line += window.line) {
+            for (int32_t w = 0; w < window.columns; ++w) {
+                const int32_t value = line[size_t(w) * window.channels];
+                if (value > best) best = value, place = window.place + h * window.kernel_w + w;
+            }
+        }
+        const size_t at = window.pixel + c;
+        call.out[0].i8_mut()[at] = int8_t(best);
+        if (index.dtype == DType::kI32) {
+            index.i32_mut()[at] = place;
+        } else {
+            index.u8_mut()[at] = uint8_t(place);
+        }
+    }
+    return true;
+}
+
 bool qmax_window(const Call& call, const Window& window) {
     return pool_window(
         call, window, -128, [](Ints best, Ints x) { return x > best ? x : best; }, [](Ints best) { return best; });
@@ -311,7 +334,10 @@ bool qmean_window(const Call& call, const Window& window) {
         [=](Ints sum) { return requantize(to_float(sum) * factor); });
 }
 
-Fault qmax_pool2d(const Call& call) { return each_window(call, call.in[0], call.out[0], false, qmax_window); }
+Fault qmax_pool2d(const Call& call) {
+    const auto body = call.outputs > 1 ? qmax_window_with_index : qmax_window;
+    return each_window(call, call.in[0], call.out[0], false, body);
+}
 Fault qavg_pool2d(const Call& call) { return each_window(call, call.in[0], call.out[0], true, qmean_window); }
 
 }  // namespace

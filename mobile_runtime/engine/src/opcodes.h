@@ -64,6 +64,23 @@ constexpr uint16_t QADD = 84;
 constexpr uint16_t QMAX_POOL2D = 85;
 constexpr uint16_t QAVG_POOL2D = 86;
 constexpr uint16_t QLUT = 87;
+constexpr uint16_t Q_PREPARE = 90;
+constexpr uint16_t Q_OBSERVE = 91;
+constexpr uint16_t Q_ADAPT = 92;
+constexpr uint16_t Q_QUANTIZE = 93;
+constexpr uint16_t Q_DEQUANTIZE = 94;
+constexpr uint16_t Q_ADD = 95;
+constexpr uint16_t G_QUANTIZE = 96;
+constexpr uint16_t G_DEQUANTIZE = 97;
+constexpr uint16_t G_MASK = 98;
+constexpr uint16_t G_SCALE = 99;
+constexpr uint16_t G_ADD = 100;
+constexpr uint16_t G_BIAS = 101;
+constexpr uint16_t G_LINEAR_INPUT = 102;
+constexpr uint16_t G_CONV2D_INPUT = 103;
+constexpr uint16_t G_LINEAR_UPDATE = 104;
+constexpr uint16_t G_CONV2D_UPDATE = 105;
+constexpr uint16_t G_MAX_POOL2D = 106;
 constexpr uint16_t CAST = 110;
 constexpr uint16_t ONE_HOT = 111;
 constexpr uint16_t BUCKETIZE = 112;
@@ -151,9 +168,26 @@ inline constexpr Signature kSignatures[] = {
     {82, 4, 4, 1, 1, 2, 0, 0, 0, "QLINEAR"},
     {83, 4, 4, 1, 1, 9, 0, 0, 0, "QCONV2D"},
     {84, 2, 2, 1, 1, 4, 0, 0, 0, "QADD"},
-    {85, 1, 1, 1, 1, 6, 0, 0, 0, "QMAX_POOL2D"},
+    {85, 1, 1, 1, 2, 6, 0, 0, 0, "QMAX_POOL2D"},
     {86, 1, 1, 1, 1, 8, 0, 0, 0, "QAVG_POOL2D"},
     {87, 2, 2, 1, 1, 0, 0, 0, 1, "QLUT"},
+    {90, 3, 4, 2, 2, 3, 0, 0, 0, "Q_PREPARE"},
+    {91, 2, 2, 0, 0, 2, 0, 2, 0, "Q_OBSERVE"},
+    {92, 2, 2, 0, 0, 2, 0, 3, 0, "Q_ADAPT"},
+    {93, 2, 2, 1, 1, 1, 0, 0, 0, "Q_QUANTIZE"},
+    {94, 2, 2, 1, 1, 1, 0, 0, 0, "Q_DEQUANTIZE"},
+    {95, 3, 3, 1, 1, 5, 0, 0, 0, "Q_ADD"},
+    {96, 2, 2, 1, 1, 2, 0, 2, 0, "G_QUANTIZE"},
+    {97, 2, 2, 1, 1, 1, 0, 0, 0, "G_DEQUANTIZE"},
+    {98, 2, 2, 1, 1, 2, 0, 0, 1, "G_MASK"},
+    {99, 3, 3, 1, 1, 3, 0, 4, 1, "G_SCALE"},
+    {100, 3, 3, 1, 1, 4, 0, 4, 3, "G_ADD"},
+    {101, 3, 3, 1, 1, 1, 0, 0, 0, "G_BIAS"},
+    {102, 3, 3, 1, 1, 3, 0, 4, 0, "G_LINEAR_INPUT"},
+    {103, 3, 3, 1, 1, 10, 0, 4, 0, "G_CONV2D_INPUT"},
+    {104, 6, 7, 0, 0, 4, 0, 65, 0, "G_LINEAR_UPDATE"},
+    {105, 6, 7, 0, 0, 11, 0, 65, 0, "G_CONV2D_UPDATE"},
+    {106, 2, 2, 1, 1, 6, 0, 0, 0, "G_MAX_POOL2D"},
     {110, 1, 1, 1, 1, 0, 0, 0, 0, "CAST"},
     {111, 1, 1, 1, 1, 2, 0, 0, 0, "ONE_HOT"},
     {112, 2, 2, 1, 1, 1, 0, 0, 0, "BUCKETIZE"},

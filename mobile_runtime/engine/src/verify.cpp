@@ -73,9 +73,10 @@ const char* check_pool(const Context& c) {
         if (2 * padding > kernel) return "its padding is more than half of its window";
         if (int64_t(outputs - 1) * stride - padding >= int64_t(inputs)) return "its last window lies outside the input";
     }
-    bool has_index = c.op.code == op::MAX_POOL2D_GRAD || (c.op.code == op::MAX_POOL2D && c.op.outputs == 2);
-    if (has_index) {
-        const Tensor& index = c.op.code == op::MAX_POOL2D ? c.output(1) : c.input(1);
+    bool is_gradient = c.op.code == op::MAX_POOL2D_GRAD || c.op.code == op::G_MAX_POOL2D;
+    bool is_maximum = c.op.code == op::MAX_POOL2D || c.op.code == op::QMAX_POOL2D;
+    if (is_gradient || (is_maximum && c.op.outputs == 2)) {
+        const Tensor& index = is_maximum ? c.output(1) : c.input(1);
         bool small = c.attribute(0) * c.attribute(1) <= 256;
         if (index.dtype != (small ? DType::kU8 : DType::kI32)) return "its index has the wrong dtype";
     }
@@ -208,6 +209,69 @@ const char* check_crop(const Context& c) {
 
 const char* check_byte_table(const Context& c) { return c['T'] == 256 ? nullptr : "its table has not 256 columns"; }
 
+// Int8 training. Attributes that index the table of scales (T), or that of gradients (S), which has two entries each.
+bool is_scale(const Context& c, uint32_t index) { return uint64_t(c.attribute(index)) < c['T']; }
+bool is_gradient(const Context& c, uint32_t index) { return uint64_t(c.attribute(index)) < c['S'] / 2; }
+constexpr const char* kOutsideTable = "an index lies outside its table";
+constexpr const char* kTooManyProducts = "it adds up too many products for 32 bits";
+
+const char* check_zero_points(const Context& c) {
+    for (uint32_t i = 0; i < uint32_t(c.op.inputs) + c.op.outputs; ++i) {
+        const Tensor& tensor = c.operand(i);
+        if (tensor.dtype == DType::kI8 && (tensor.zero_point < -128 || tensor.zero_point > 127))
+            return "a zero point is not an int8";
+    }
+    return nullptr;
+}
+const char* check_prepare(const Context& c) {
+    if (!is_scale(c, 0) || !is_scale(c, 1)) return kOutsideTable;
+    return c['I'] > kMostDepth ? kTooManyProducts : nullptr;
+}
+const char* check_observe(const Context& c) {
+    if (!is_scale(c, 0)) return kOutsideTable;
+    if (c.attribute(1) != 127 && c.attribute(1) != 255) return "its limit is neither 127 nor 255";
+    return check_zero_points(c);
+}
+const char* check_scaled(const Context& c) { return is_scale(c, 0) ? check_zero_points(c) : kOutsideTable; }
+const char* check_scaled_sum(const Context& c) {
+    return is_scale(c, 0) && is_scale(c, 1) && is_scale(c, 2) ? check_zero_points(c) : kOutsideTable;
+}
+const char* check_gradient(const Context& c) { return is_gradient(c, 0) ? nullptr : kOutsideTable; }
+const char* check_gradient_row(const Context& c) {
+    return is_gradient(c, 0) && is_gradient(c, 1) ? check_row(c) : kOutsideTable;
+}
+const char* check_gradient_sum(const Context& c) {
+    return is_gradient(c, 0) && is_gradient(c, 1) && is_gradient(c, 2) ? nullptr : kOutsideTable;
+}
+const char* check_bias_gradient(const Context& c) {
+    if (!is_gradient(c, 0)) return kOutsideTable;
+    return c['M'] > kMostDepth ? kTooManyProducts : nullptr;
+}
+const char* check_linear_input(const Context& c) {
+    if (!is_gradient(c, 0) || !is_gradient(c, 1)) return kOutsideTable;
+    return c['O'] > kMostDepth ? kTooManyProducts : nullptr;
+}
+const char* check_convolution_input(const Context& c) {
+    if (!is_gradient(c, 7) || !is_gradient(c, 8)) return kOutsideTable;
+    if (const char* wrong = check_convolution(c)) return wrong;
+    return c['O'] * c['K'] * c['L'] > kMostDepth ? kTooManyProducts : nullptr;
+}
+const char* check_update(const Context& c, uint32_t from, uint64_t rows) {
+    if (!is_gradient(c, from) || !is_scale(c, from + 1)) return kOutsideTable;
+    if (rows > kMostDepth) return kTooManyProducts;
+    if (c.op.inputs > 6 && c['R'] != c.input(0).elements) return "its residual does not fit the weight";
+    return check_zero_points(c);
+}
+const char* check_linear_update(const Context& c) { return check_update(c, 0, c['M']); }
+const char* check_convolution_update(const Context& c) {
+    const char* wrong = check_convolution(c);
+    return wrong ? wrong : check_update(c, 7, c['N'] * c['P'] * c['Q']);
+}
+const char* check_pool_gradient(const Context& c) {
+    if (c.attribute(2) < c.attribute(0) || c.attribute(3) < c.attribute(1)) return "its windows overlap";
+    return check_pool(c);
+}
+
 // ------------------------------------------------------------------------------------------------- workspace, in bytes
 
 using Workspace = uint64_t (*)(const Context&);
@@ -242,12 +306,15 @@ uint64_t quantized_convolution_workspace(const Context& c) {
     return workspace::int8_product_bytes(depth, c['O'] / uint64_t(c.attribute(6)));
 }
 
-uint64_t convolution_grad_input_workspace(const Context& c) {
-    if (is_depthwise(c)) return 4 * c['O'] * c['K'] * c['L'];
+uint64_t phase_depth(const Context& c) {
     uint64_t taps = workspace::phase_taps(c['K'], uint64_t(c.attribute(0)), uint64_t(c.attribute(4))) *
                     workspace::phase_taps(c['L'], uint64_t(c.attribute(1)), uint64_t(c.attribute(5)));
-    uint64_t depth = taps * (c['O'] / uint64_t(c.attribute(6)));
-    return 4 * patches_and_weights(depth, c['N'] * c['H'] * c['W'], c['D']);
+    return taps * (c['O'] / uint64_t(c.attribute(6)));
+}
+
+uint64_t convolution_grad_input_workspace(const Context& c) {
+    if (is_depthwise(c)) return 4 * c['O'] * c['K'] * c['L'];
+    return 4 * patches_and_weights(phase_depth(c), c['N'] * c['H'] * c['W'], c['D']);
 }
 
 uint64_t convolution_grad_weight_workspace(const Context& c) {
@@ -256,13 +323,24 @@ uint64_t convolution_grad_weight_workspace(const Context& c) {
     return 4 * workspace::patch_elements(depth, c['N'] * c['P'] * c['Q']);
 }
 
+uint64_t int8_linear_input_workspace(const Context& c) { return workspace::int8_product_bytes(c['O'], c['I']); }
+uint64_t int8_linear_update_workspace(const Context& c) { return workspace::gradient_step_bytes(c['O'], c['I']); }
+uint64_t int8_convolution_input_workspace(const Context& c) {
+    if (is_depthwise(c)) return 4 * c['O'] * c['K'] * c['L'];
+    return workspace::int8_product_bytes(phase_depth(c), c['D']);
+}
+uint64_t int8_convolution_update_workspace(const Context& c) {
+    if (is_depthwise(c)) return 4 * c['O'] * c['K'] * c['L'];
+    return workspace::gradient_step_bytes(c['O'] / uint64_t(c.attribute(6)), c['K'] * c['L'] * c['D']);
+}
+
 uint64_t quantized_linear_workspace(const Context& c) { return workspace::int8_product_bytes(c['I'], c['O']); }
 
 // ------------------------------------------------------------------------------------------------- the table
 
 struct Rule {
     uint16_t code;
-    char operands[52];
+    char operands[64];
     Check check = nullptr;
     char work[8] = "";  // product of these sizes (digits: attributes) is the amount of work; else the elements
     Workspace workspace = nullptr;
@@ -326,9 +404,29 @@ constexpr Rule kRules[] = {
     {op::QCONV2D, "bNHWC bOKLD iO fO > bNPQO | ssppsssqq", check_quantized_convolution, "NPQOKLD",
      quantized_convolution_workspace},
     {op::QADD, "b#N b#N > b#N | ffqq", check_quantized},
-    {op::QMAX_POOL2D, "bNHWC > bNPQC | sssspp", check_quantized_pool, "NPQC01"},
+    {op::QMAX_POOL2D, "bNHWC > bNPQC jNPQC? | sssspp", check_quantized_pool, "NPQC01"},
     {op::QAVG_POOL2D, "bNHWC > bNPQC | ssssppbf", check_quantized_pool, "NPQC01"},
     {op::QLUT, "b#N b#256 > b#N"},
+    {op::Q_PREPARE, "bOI fO f#T fO? > iO fO | nnq", check_prepare},
+    {op::Q_OBSERVE, "b#N f#T > | nn", check_observe},
+    {op::Q_ADAPT, "f#T f#T > | ff"},
+    {op::Q_QUANTIZE, "f#N f#T > b#N | n", check_scaled},
+    {op::Q_DEQUANTIZE, "b#N f#T > f#N | n", check_scaled},
+    {op::Q_ADD, "b#N b#N f#T > b#N | nnnqq", check_scaled_sum},
+    {op::G_QUANTIZE, "f#N f#S > b#N | n.", check_gradient},
+    {op::G_DEQUANTIZE, "b#N f#S > f#N | n", check_gradient},
+    {op::G_MASK, "b#N b#N > b#N | .."},
+    {op::G_SCALE, "b#N f#R f#S > b#N | nn.", check_gradient_row},
+    {op::G_ADD, "b#N b#N f#S > b#N | nnn.", check_gradient_sum},
+    {op::G_BIAS, "b*MO fO f#S > fO | n", check_bias_gradient},
+    {op::G_LINEAR_INPUT, "b*MO bOI f#S > b*MI | nn.", check_linear_input, "MIO", int8_linear_input_workspace},
+    {op::G_CONV2D_INPUT, "bNPQO bOKLD f#S > bNHWC | ssppsssnn.", check_convolution_input, "NPQOKLD",
+     int8_convolution_input_workspace},
+    {op::G_LINEAR_UPDATE, "bOI b*MO b*MI fO f#T f#S b#R? > | nnf.", check_linear_update, "MIO",
+     int8_linear_update_workspace},
+    {op::G_CONV2D_UPDATE, "bOKLD bNPQO bNHWC fO f#T f#S b#R? > | ssppsssnnf.", check_convolution_update, "NPQOKLD",
+     int8_convolution_update_workspace},
+    {op::G_MAX_POOL2D, "bNPQC jNPQC > bNHWC | sssspp", check_pool_gradient},
     {op::CAST, "j#N > f#N"},
     {op::ONE_HOT, "i*MW > f*MC | .b"},
     {op::BUCKETIZE, "f#N fK > i#N | b"},
@@ -486,10 +584,27 @@ int32_t find_variable(const Model& model, const Tensor& tensor, bool trainable) 
     return kNoVariable;
 }
 
+// What int8 training keeps beside a model: the largest values of a step, and the scales of gradients.
+bool keeps_statistics_in_slots(uint16_t code) {
+    switch (code) {
+        case op::Q_OBSERVE:
+        case op::Q_ADAPT:
+        case op::G_QUANTIZE:
+        case op::G_SCALE:
+        case op::G_ADD:
+        case op::G_LINEAR_INPUT:
+        case op::G_CONV2D_INPUT:
+            return true;
+        default:
+            return false;
+    }
+}
+
 // What an operation updates is a whole variable of the right kind, or optimiser state.
 const char* check_updates(const Model& model, const Context& c, const Signature& signature, Op* op) {
     for (uint32_t i = 0; i < op->inputs && i < 8; ++i) {
         if (!(signature.updates >> i & 1)) continue;
+        if (c.input(i).region == Region::kSlots && keeps_statistics_in_slots(op->code)) continue;
         if (is_optimizer(op->code) && i > 0) {
             if (c.input(i).region != Region::kSlots) return "its state is not in the optimiser's slots";
             continue;
@@ -596,7 +711,10 @@ bool overlap(const Tensor& a, const Tensor& b) {
     return a.offset < b.end() && b.offset < a.end();
 }
 
-bool is_optimizer(uint16_t code) { return code == op::SGD || code == op::ADAM || code == op::LINEAR_UPDATE; }
+bool is_optimizer(uint16_t code) {
+    return code == op::SGD || code == op::ADAM || code == op::LINEAR_UPDATE || code == op::G_LINEAR_UPDATE ||
+           code == op::G_CONV2D_UPDATE;
+}
 bool is_loss(uint16_t code) { return code >= op::CROSS_ENTROPY && code <= op::BCE_WITH_LOGITS; }
 
 evensong_status verify(Model* model, Report* report) {

@@ -23,6 +23,10 @@ constexpr uint64_t kInt8Weights = 64 * 1024;  // weights of one packed block of 
 constexpr uint64_t kInt8Rows = 8;             // rows of patches that the int8 product takes at a time
 constexpr uint64_t kInt8Slack = 192;          // bytes that whole vectors may run over the last row
 
+constexpr uint64_t kGradientPixels = 64;        // pixels that a step of int8 weights sums at a time
+constexpr uint64_t kGradientSums = 64 * 1024;   // sums that it holds, if one panel of all outputs fits
+constexpr uint64_t kMostGradientColumns = 512;  // weights of one output that it takes at a time
+
 constexpr uint64_t round_up(uint64_t size, uint64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 constexpr uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
 constexpr uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
@@ -70,6 +74,19 @@ constexpr uint64_t recurrent_grad_elements(uint64_t examples, uint64_t gates, ui
     return larger(hidden * round_up(hidden, kPanel),
                   kPanel * larger(gates, kDepth) + 2 * smaller(examples, kSequences) * hidden) +
            hidden;
+}
+
+// Weights of each output that one pass of a step takes: a multiple of kPanel.
+constexpr uint64_t gradient_columns(uint64_t outputs, uint64_t columns) {
+    return smaller(round_up(columns, kPanel),
+                   smaller(kMostGradientColumns, larger(kPanel, kGradientSums / outputs / kPanel * kPanel)));
+}
+
+// Sums and what the cells' offset adds to them, totals of the gradients, a packed panel of inputs, gradients turned,
+// and a group of patches; in bytes.
+constexpr uint64_t gradient_step_bytes(uint64_t outputs, uint64_t columns) {
+    return 4 * ((outputs + 1) * gradient_columns(outputs, columns) + round_up(outputs, 16)) +
+           2 * kGradientPixels * (gradient_columns(outputs, columns) + outputs + kInt8Rows) + 4 * columns + kInt8Slack;
 }
 
 // Taps of the kernel that the pixels of one phase of the stride meet, along one axis.

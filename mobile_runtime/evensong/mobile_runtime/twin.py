@@ -17,6 +17,7 @@ from evensong.mobile_runtime import (  # one module a family of operations
     twin_ops_elementwise,
     twin_ops_input,
     twin_ops_int8,
+    twin_ops_int8_train,
     twin_ops_linear,
     twin_ops_loss,
     twin_ops_move,
@@ -44,6 +45,7 @@ KERNELS: dict[str, Kernel] = {
     **twin_ops_loss.KERNELS,
     **twin_ops_optimizer.KERNELS,
     **twin_ops_int8.KERNELS,
+    **twin_ops_int8_train.KERNELS,
     **twin_ops_input.KERNELS,
 }
 
@@ -132,9 +134,10 @@ class TwinMachine:
     def _check_gradients(self, program: Program, first: int, tensors: Sequence[Array]) -> None:
         """The gradients of all updates that follow one another, before the first of them changes anything."""
         for op in takewhile(lambda op: op.name in OPTIMIZERS, program.ops[first:]):
-            if op.name == "LINEAR_UPDATE" or self._is_frozen(op, program):
+            gradient = tensors[op.inputs[1]]
+            if op.name == "LINEAR_UPDATE" or gradient.dtype != np.float32 or self._is_frozen(op, program):
                 continue
-            if not np.isfinite(tensors[op.inputs[1]]).all():
+            if not np.isfinite(gradient).all():
                 raise DivergedError("a gradient is not finite")
 
     def _view(

@@ -46,8 +46,9 @@ def qadd(call: Call, a: Array, b: Array, *, scale_a: float, scale_b: float, lo: 
     return to_int8(scaled_a + scaled_b, call.outputs[0].zero_point, lo, hi)
 
 
-def qmax_pool2d(call: Call, x: Array, **geometry: int) -> Array:
-    return flat(pool_windows(x.shape, call.shapes[0], geometry).gather(x, -128)).max(axis=3)
+def qmax_pool2d(call: Call, x: Array, **geometry: int) -> tuple[Array, Array]:
+    windows = flat(pool_windows(x.shape, call.shapes[0], geometry).gather(x.astype(np.int16), -129))
+    return windows.max(axis=3), windows.argmax(axis=3)  # padding never wins; argmax takes the first of equals
 
 
 def qavg_pool2d(call: Call, x: Array, *, count_include_pad: int, ratio: float, **geometry: int) -> Array:

@@ -13,6 +13,11 @@ from evensong.mobile_runtime.verify_rules import LOSSES, OPTIMIZERS, RULES, OpVi
 from evensong.wire.program import OPS, Artifact, Program, Region, Tensor, Variable, VariableFlag
 from evensong.wire.workspace import workspace_bytes
 
+#: What int8 training keeps beside a model: the largest values of a step, and the scales of gradients.
+STATISTICS_IN_SLOTS = frozenset(
+    {"Q_OBSERVE", "Q_ADAPT", "G_QUANTIZE", "G_SCALE", "G_ADD", "G_LINEAR_INPUT", "G_CONV2D_INPUT"}
+)
+
 MOST_WORK = 1 << 42  #: multiply-adds of one run: minutes on a phone
 
 
@@ -80,6 +85,8 @@ def _check_updates(view: OpView, variables: Sequence[Variable]) -> str | None:
         if position >= len(view.inputs):
             continue
         tensor = view.inputs[position]
+        if tensor.region == Region.SLOTS and view.op.name in STATISTICS_IN_SLOTS:
+            continue
         if optimizer and position > 0:
             if tensor.region != Region.SLOTS:
                 return f"input {position} is optimiser state but not in the slots"

@@ -21,7 +21,7 @@ from evensong.wire.program import (
 )
 
 LOSSES = frozenset({"CROSS_ENTROPY", "MSE", "BCE_WITH_LOGITS"})
-OPTIMIZERS = frozenset({"SGD", "ADAM", "LINEAR_UPDATE"})
+OPTIMIZERS = frozenset({"SGD", "ADAM", "LINEAR_UPDATE", "G_LINEAR_UPDATE", "G_CONV2D_UPDATE"})
 
 _DTYPES = {
     "f": (DType.F32,),
@@ -294,6 +294,62 @@ def _byte_table(view: OpView) -> str | None:
     return None if view["T"] == 256 else "its table has not 256 columns"
 
 
+_TABLES = {"T": 1, "S": 2}  # entries of an index into scales and peaks, and into grads
+
+
+def _indices(**letters: str) -> Callable[[OpView], str | None]:
+    """Attributes that index the table of scales (T) or of gradients (S)."""
+
+    def check(view: OpView) -> str | None:
+        for name, letter in letters.items():
+            if view.integer(name.rstrip("_")) >= view[letter] // _TABLES[letter]:
+                return "an index lies outside its table"
+        return None
+
+    return check
+
+
+def _all(*checks: Callable[[OpView], str | None]) -> Callable[[OpView], str | None]:
+    return lambda view: next((wrong for check in checks if (wrong := check(view))), None)
+
+
+def _zero_points(view: OpView) -> str | None:
+    for tensor in (*view.inputs, *view.outputs):
+        if tensor.dtype == DType.I8 and not -128 <= tensor.zero_point <= 127:
+            return "a zero point is not an int8"
+    return None
+
+
+def _prepare(view: OpView) -> str | None:
+    return "it adds up too many products for 32 bits" if view["I"] > _MOST_DEPTH else None
+
+
+def _observe(view: OpView) -> str | None:
+    return None if view.integer("limit") in (127, 255) else "its limit is neither 127 nor 255"
+
+
+def _summed(count: Callable[[OpView], int]) -> Callable[[OpView], str | None]:
+    return lambda view: "it adds up too many products for 32 bits" if count(view) > _MOST_DEPTH else None
+
+
+def _residual(view: OpView) -> str | None:
+    weight = view.inputs[0]
+    return None if len(view.inputs) < 7 or view["R"] == weight.elements else "its residual does not fit the weight"
+
+
+def _apart(view: OpView) -> str | None:
+    apart = all(view.integer(f"stride_{axis}") >= view.integer(f"kernel_{axis}") for axis in "hw")
+    return None if apart else "its windows overlap"
+
+
+def _first_maxima(view: OpView) -> str | None:
+    small = view.integer("kernel_h") * view.integer("kernel_w") <= 256
+    index = view.inputs[1:] if view.op.name == "G_MAX_POOL2D" else view.outputs[1:]
+    return (
+        "its index has the wrong dtype" if any(t.dtype != (DType.U8 if small else DType.I32) for t in index) else None
+    )
+
+
 RULES: dict[str, Callable[[OpView], str | None]] = {
     "CONV2D": _convolution,
     "CONV2D_GRAD_INPUT": _convolution,
@@ -322,8 +378,31 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
     "QLINEAR": _quantized_linear,
     "QCONV2D": _quantized_convolution,
     "QADD": _quantized,
-    "QMAX_POOL2D": _quantized_pool,
+    "QMAX_POOL2D": _all(_first_maxima, _quantized_pool),
     "QAVG_POOL2D": _quantized_pool,
+    "Q_PREPARE": _all(_indices(x="T", y="T"), _prepare),
+    "Q_OBSERVE": _all(_indices(index="T"), _zero_points, _observe),
+    "Q_QUANTIZE": _all(_indices(index="T"), _zero_points),
+    "Q_DEQUANTIZE": _all(_indices(index="T"), _zero_points),
+    "Q_ADD": _all(_indices(a="T", b="T", y="T"), _zero_points),
+    "G_QUANTIZE": _indices(index="S"),
+    "G_DEQUANTIZE": _indices(index="S"),
+    "G_SCALE": _all(_indices(from_="S", to="S"), _row),
+    "G_ADD": _indices(a="S", b="S", to="S"),
+    "G_BIAS": _all(_indices(from_="S"), _summed(lambda view: view["M"])),
+    "G_LINEAR_INPUT": _all(_indices(from_="S", to="S"), _summed(lambda view: view["O"])),
+    "G_CONV2D_INPUT": _all(
+        _indices(from_="S", to="S"), _summed(lambda view: view["O"] * view["K"] * view["L"]), _convolution
+    ),
+    "G_LINEAR_UPDATE": _all(_indices(from_="S", entry="T"), _zero_points, _summed(lambda view: view["M"]), _residual),
+    "G_CONV2D_UPDATE": _all(
+        _indices(from_="S", entry="T"),
+        _zero_points,
+        _summed(lambda view: view["N"] * view["P"] * view["Q"]),
+        _residual,
+        _convolution,
+    ),
+    "G_MAX_POOL2D": _all(_first_maxima, _apart, _pool),
     "LOOKUP": _lookup,
     "TOKENIZE": _tokenize,
     "RESIZE2D": _resize,
@@ -337,6 +416,8 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
 _PRODUCTS = {
     **dict.fromkeys(("LINEAR", "LINEAR_GRAD_INPUT", "LINEAR_GRAD_WEIGHT", "LINEAR_UPDATE", "QLINEAR"), "MIO"),
     **dict.fromkeys(("CONV2D", "CONV2D_GRAD_INPUT", "CONV2D_GRAD_WEIGHT", "QCONV2D"), "NPQOKLD"),
+    **dict.fromkeys(("G_LINEAR_INPUT", "G_LINEAR_UPDATE"), "MIO"),
+    **dict.fromkeys(("G_CONV2D_INPUT", "G_CONV2D_UPDATE"), "NPQOKLD"),
     **dict.fromkeys(("GRU", "GRU_GRAD", "LSTM", "LSTM_GRAD"), "NTGH"),
 }
 _WINDOWS = ("MAX_POOL2D", "AVG_POOL2D", "AVG_POOL2D_GRAD", "QMAX_POOL2D", "QAVG_POOL2D")

@@ -23,6 +23,9 @@ SEQUENCES = 48  #: examples that a recurrent layer takes at a time
 DOT_SEQUENCES = 4  #: a recurrent layer with at most this many reads its weight in place
 INT8_WEIGHTS = 64 * 1024  #: weights of one packed block of an int8 product, if at least one panel fits
 INT8_ROWS = 8  #: rows of patches that the int8 product takes at a time
+GRADIENT_PIXELS = 64  #: pixels that a step of int8 weights sums at a time
+GRADIENT_SUMS = 64 * 1024  #: sums that it holds, if one panel of all outputs fits
+MOST_GRADIENT_COLUMNS = 512  #: weights of one output that it takes at a time
 INT8_SLACK = 192  #: bytes that whole vectors may run over the last row
 
 _F32 = 4
@@ -70,6 +73,20 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
             if _depthwise(weight, op.attrs):
                 return 4 * (weight.elements + weight.dims[0])  # a 32-bit lane for a weight and for a bias
             return int8_product_bytes(prod(weight.dims[1:]), weight.dims[0] // int(op.attrs[6]))
+        case "G_LINEAR_INPUT":
+            return int8_product_bytes(*operands[1].dims)
+        case "G_CONV2D_INPUT":
+            weight = operands[1]
+            if _depthwise(weight, op.attrs):
+                return 4 * weight.elements
+            return int8_product_bytes(_phase_depth(weight, op.attrs), weight.dims[3])
+        case "G_LINEAR_UPDATE":
+            return gradient_step_bytes(*operands[0].dims)
+        case "G_CONV2D_UPDATE":
+            weight = operands[0]
+            if _depthwise(weight, op.attrs):
+                return 4 * weight.elements
+            return gradient_step_bytes(weight.dims[0] // int(op.attrs[6]), prod(weight.dims[1:]))
         case _:
             return 0
 
@@ -106,6 +123,21 @@ def int8_product_bytes(depth: int, columns: int) -> int:
     return (2 * padded + 4) * block + _round_up((2 * INT8_ROWS + 1) * padded, 64) + INT8_SLACK
 
 
+def gradient_columns(outputs: int, columns: int) -> int:
+    """Weights of each output that one pass of a step of int8 weights takes: whole panels."""
+    most = max(PANEL, GRADIENT_SUMS // outputs // PANEL * PANEL)
+    return min(_round_up(columns, PANEL), MOST_GRADIENT_COLUMNS, most)
+
+
+def gradient_step_bytes(outputs: int, columns: int) -> int:
+    """Sums and what the cells' offset adds to them, totals of the gradients, a packed panel of inputs, turned
+    gradients, and a group of patches.
+    """
+    block = gradient_columns(outputs, columns)
+    sums = 4 * ((outputs + 1) * block + _round_up(outputs, 16))
+    return sums + 2 * GRADIENT_PIXELS * (block + outputs + INT8_ROWS) + 4 * columns + INT8_SLACK
+
+
 def _conv_need(weight: Tensor, attrs: Sequence[int | float], *, pixels: int, itemsize: int) -> int:
     depth = prod(weight.dims[1:])
     if _depthwise(weight, attrs):
@@ -117,13 +149,16 @@ def _conv_need(weight: Tensor, attrs: Sequence[int | float], *, pixels: int, ite
 def _conv_grad_input_need(weight: Tensor, attrs: Sequence[int | float], *, pixels: int) -> int:
     if _depthwise(weight, attrs):
         return _F32 * weight.elements
-    stride_h, stride_w, _, _, dilation_h, dilation_w, groups = (int(a) for a in attrs)
-    # Pixels of one phase of the stride meet only every `step`-th tap of the kernel.
+    depth, columns = _phase_depth(weight, attrs), weight.dims[3]
+    return _F32 * (_round_up(weight_elements(depth, columns), 64) + patch_elements(depth, pixels))
+
+
+def _phase_depth(weight: Tensor, attrs: Sequence[int | float]) -> int:
+    """Products of one sum of an input's gradient: pixels of one phase of the stride meet only every ``step``-th tap."""
+    stride_h, stride_w, _, _, dilation_h, dilation_w, groups = (int(a) for a in attrs[:7])
     step_h, step_w = stride_h // gcd(stride_h, dilation_h), stride_w // gcd(stride_w, dilation_w)
     taps = -(-weight.dims[1] // step_h) * -(-weight.dims[2] // step_w)
-    depth = taps * (weight.dims[0] // groups)
-    columns = weight.dims[3]
-    return _F32 * (_round_up(weight_elements(depth, columns), 64) + patch_elements(depth, pixels))
+    return taps * (weight.dims[0] // groups)
 
 
 def _depthwise(weight: Tensor, attrs: Sequence[int | float]) -> bool:
