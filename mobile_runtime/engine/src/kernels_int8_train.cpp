@@ -12,6 +12,12 @@ constexpr float kMostBias = 1073741824.0f;
 
 // ------------------------------------------------------------------------------------------------- forward
 
+// To the nearest integer, ties to even: from 2^23 on every float32 is one.
+float rounded(float v) {
+    const float unit = v < 0.0f ? -8388608.0f : 8388608.0f;
+    return v > -8388608.0f && v < 8388608.0f ? (v + unit) - unit : v;
+}
+
 Fault prepare(const Call& call) {
     const Operand& w = call.in[0];
     const float* w_scale = call.in[1].f32();
@@ -29,8 +35,7 @@ Fault prepare(const Call& call) {
         const float unit = w_scale[o] * x_scale;  // of one unit of the sum
         float start = call.inputs > 3 ? call.in[3].f32()[o] / unit : 0.0f;
         start = start != start ? 0.0f : start < -kMostBias ? -kMostBias : start > kMostBias ? kMostBias : start;
-        call.out[0].i32_mut()[o] =
-            int32_t(uint32_t(int32_t(__builtin_rintf(start))) - uint32_t(zero_point) * uint32_t(sum));
+        call.out[0].i32_mut()[o] = int32_t(uint32_t(int32_t(rounded(start))) - uint32_t(zero_point) * uint32_t(sum));
         call.out[1].f32_mut()[o] = unit / y_scale;
     }
     return Fault::kNone;
