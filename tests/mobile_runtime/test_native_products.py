@@ -28,6 +28,15 @@ def draw_values(seed: int, *shape: int) -> Floats:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def draw_gradient(seed: int, zeros: float, *shape: int) -> Floats:
+    """Values of which a share is zero, as behind a ReLU or max pooling: kernels visit only the others then."""
+    kept = np.random.default_rng(seed).random(shape, np.float32) >= zeros
+    return draw_values(seed + 1, *shape) * kept
+
+
+_zeros = st.sampled_from([0.0, 0.5, 0.9, 1.0])  #: share of a gradient
+
+
 def check(op: str, inputs: list[Given | Floats], expected: list[tuple[Floats, bool]], **options: object) -> None:
     """``expected`` pairs a result with whether it is batched."""
     wanted = [Wanted(value.shape, np.float32, batched) for value, batched in expected]
@@ -55,16 +64,18 @@ _width = st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 300]))
     outputs=_width,
     bias=st.booleans(),
     activation=st.sampled_from(list(_ACTIVATIONS)),
+    zeros=_zeros,
     spare=st.integers(0, 3),
     seed=st.integers(0, 1 << 16),
 )
-@example(rows=20, inputs=784, outputs=200, bias=True, activation=Activation.RELU, spare=0, seed=0)
-@example(rows=1, inputs=512, outputs=10, bias=True, activation=Activation.NONE, spare=31, seed=0)
+@example(rows=20, inputs=784, outputs=200, bias=True, activation=Activation.RELU, zeros=0.5, spare=0, seed=0)
+@example(rows=1, inputs=512, outputs=10, bias=True, activation=Activation.NONE, zeros=0.0, spare=31, seed=0)
+@example(rows=70, inputs=300, outputs=600, bias=True, activation=Activation.NONE, zeros=0.5, spare=0, seed=0)
 def test_linear(
-    rows: int, inputs: int, outputs: int, bias: bool, activation: Activation, spare: int, seed: int
+    rows: int, inputs: int, outputs: int, bias: bool, activation: Activation, zeros: float, spare: int, seed: int
 ) -> None:
     x, w, b = draw_values(seed, rows, inputs), draw_values(seed + 1, outputs, inputs), draw_values(seed + 2, outputs)
-    dy = draw_values(seed + 3, rows, outputs)
+    dy = draw_gradient(seed + 3, zeros, rows, outputs)
     tx, tw, tb = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (x, w, b))
     product = F.linear(tx, tw, tb if bias else None)
     product.backward(torch.tensor(dy, dtype=torch.float64))
@@ -129,19 +140,21 @@ def shapes(draw: st.DrawFn) -> Shape:
     shape=shapes(),
     bias=st.booleans(),
     activation=st.sampled_from(list(_ACTIVATIONS)),
+    zeros=_zeros,
     spare=st.integers(0, 2),
     seed=st.integers(0, 1 << 16),
 )
-@example(Shape(2, (14, 14), (5, 5), (1, 1), (2, 2), (1, 1), 1, 32, 64), True, Activation.RELU, 0, 0)
-@example(Shape(1, (1, 128), (1, 9), (1, 2), (0, 0), (1, 1), 1, 9, 24), True, Activation.NONE, 1, 0)
-@example(Shape(2, (6, 6), (1, 1), (3, 3), (0, 0), (1, 1), 1, 33, 35), False, Activation.NONE, 0, 0)
-@example(Shape(1, (9, 9), (3, 3), (2, 2), (1, 1), (1, 1), 48, 1, 1), True, Activation.RELU6, 0, 0)
-@example(Shape(1, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1, 300, 4), False, Activation.NONE, 0, 0)
+@example(Shape(2, (14, 14), (5, 5), (1, 1), (2, 2), (1, 1), 1, 32, 64), True, Activation.RELU, 0.9, 0, 0)
+@example(Shape(2, (9, 13), (5, 4), (2, 3), (4, 4), (2, 1), 1, 19, 75), True, Activation.RELU, 0.9, 0, 0)
+@example(Shape(1, (1, 128), (1, 9), (1, 2), (0, 0), (1, 1), 1, 9, 24), True, Activation.NONE, 0.0, 1, 0)
+@example(Shape(2, (6, 6), (1, 1), (3, 3), (0, 0), (1, 1), 1, 33, 35), False, Activation.NONE, 0.0, 0, 0)
+@example(Shape(1, (9, 9), (3, 3), (2, 2), (1, 1), (1, 1), 48, 1, 1), True, Activation.RELU6, 0.0, 0, 0)
+@example(Shape(1, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1, 300, 4), False, Activation.NONE, 0.0, 0, 0)
 # Images too large for one band of the workspace, and lines too wide for any.
-@example(Shape(1, (30, 20), (3, 3), (1, 1), (1, 1), (1, 1), 1, 64, 48), True, Activation.RELU, 0, 0)
-@example(Shape(2, (33, 40), (3, 3), (2, 1), (2, 1), (2, 1), 1, 40, 20), True, Activation.RELU6, 1, 0)
-@example(Shape(1, (3, 200), (3, 3), (1, 1), (1, 1), (1, 1), 1, 64, 70), False, Activation.NONE, 0, 0)
-def test_convolution(shape: Shape, bias: bool, activation: Activation, spare: int, seed: int) -> None:
+@example(Shape(1, (30, 20), (3, 3), (1, 1), (1, 1), (1, 1), 1, 64, 48), True, Activation.RELU, 0.0, 0, 0)
+@example(Shape(2, (33, 40), (3, 3), (2, 1), (2, 1), (2, 1), 1, 40, 20), True, Activation.RELU6, 0.0, 1, 0)
+@example(Shape(1, (3, 200), (3, 3), (1, 1), (1, 1), (1, 1), 1, 64, 70), False, Activation.NONE, 0.0, 0, 0)
+def test_convolution(shape: Shape, bias: bool, activation: Activation, zeros: float, spare: int, seed: int) -> None:
     s = shape
     inputs, outputs = s.groups * s.group_inputs, s.groups * s.group_outputs
     x = draw_values(seed, s.images, *s.size, inputs)
@@ -152,7 +165,7 @@ def test_convolution(shape: Shape, bias: bool, activation: Activation, spare: in
         tx.permute(0, 3, 1, 2), tw.permute(0, 3, 1, 2), tb if bias else None, s.stride, s.padding, s.dilation, s.groups
     )
     y = nchw.permute(0, 2, 3, 1)
-    dy = draw_values(seed + 3, *y.shape)
+    dy = draw_gradient(seed + 3, zeros, *y.shape)
     y.backward(torch.tensor(dy, dtype=torch.float64))
     options = {
         "stride_h": s.stride[0],

@@ -20,12 +20,34 @@ struct Lines {
 void multiply_windows(const float** windows, Lines lines, const float* panels, float** out, size_t count,
                       size_t columns, Epilogue epilogue);
 
-// A copy of some grid rows' surroundings, for some images at once where all of their rows fit. Only for grids whose
-// taps are contiguous.
+// Some pixels: the windows that they read, and their rows of a gradient.
+struct WindowBlock {
+    const float* const* windows;
+    const float* const* rows;
+    size_t count, channels;
+    Lines lines;
+
+    size_t depth() const { return lines.lines * lines.run; }
+};
+
+// dw[channel, tap] += sum over the block of row[channel] * window[tap]
+void add_gradients(const WindowBlock& block, float* dw);
+
+constexpr size_t kMostWindows = kMostRows / kTileRows * kTileRows;  // of one block
+
+// Windows of a grid whose taps are contiguous: in the source where none meets the padding, else in a copy of some grid
+// rows' surroundings, for some images at once where all of their rows fit.
 class Band {
   public:
-    Band(const Patches& patches, int32_t images, float* data, size_t room) : patches_(patches), data_(data) {
+    Band(const Patches& patches, int32_t images, float* memory, size_t room) : patches_(patches), memory_(memory) {
         const Axis &h = patches.h, &w = patches.w;
+        if (h.is_inside() && w.is_inside()) {
+            memory_ = nullptr;
+            line_ = size_t(w.source) * patches.channels;
+            rows_ = h.grid;
+            images_ = images;
+            return;
+        }
         line_ = (size_t(w.grid - 1) * size_t(w.step) + size_t(w.taps)) * patches.channels;
         const size_t lines = room / line_, reach = size_t(h.taps - 1) * size_t(h.delta) + 1;
         if (lines < reach) return;
@@ -36,10 +58,51 @@ class Band {
     }
 
     bool fits() const { return rows_ > 0; }
-    int32_t rows() const { return rows_; }      // of the grid, at most
-    int32_t images() const { return images_; }  // at most
     Lines lines() const {
         return {size_t(patches_.h.taps), size_t(patches_.w.taps) * patches_.channels, size_t(patches_.h.delta) * line_};
+    }
+
+    // Calls body(windows, places, count) for blocks of all grid pixels in order: windows[i] is what a pixel reads,
+    // places[i] where the target has it.
+    template <class Body>
+    __attribute__((always_inline)) void each_block(int32_t images, const Target& target, Body body) {
+        const float* windows[kMostWindows];
+        float* places[kMostWindows];
+        const size_t step = size_t(patches_.w.step) * patches_.channels;
+        for (int32_t image = 0; image < images; image += images_) {
+            const int32_t band_images = smaller(images - image, images_);
+            for (int32_t row = 0; row < patches_.h.grid; row += rows_) {
+                const int32_t band_rows = smaller(patches_.h.grid - row, rows_);
+                if (memory_) fill(image, band_images, row, band_rows);
+                size_t count = 0;
+                for (int32_t line = 0; line < band_images * band_rows; ++line) {
+                    const float* window = first_window(line / band_rows, line % band_rows);
+                    float* place = target.at(image + line / band_rows, row + line % band_rows, 0);
+                    for (int32_t column = 0; column < patches_.w.grid; ++column) {
+                        windows[count] = window;
+                        places[count] = place;
+                        window += step;
+                        place += target.column_stride;
+                        if (++count < kMostWindows) continue;
+                        body(windows, places, count);
+                        count = 0;
+                    }
+                }
+                if (count) body(windows, places, count);
+            }
+        }
+    }
+
+  private:
+    const Patches& patches_;
+    float* memory_;
+    size_t line_ = 0, image_stride_ = 0;
+    int32_t rows_ = 0, images_ = 0;  // of the grid at a time
+
+    // Where the window of a row's first grid position lies, counted from the first image and row that the band holds.
+    const float* first_window(int32_t image, int32_t row) const {
+        if (!memory_) return patches_.at(image, row * patches_.h.step + patches_.h.first, patches_.w.first);
+        return memory_ + size_t(image) * image_stride_ + size_t(row) * size_t(patches_.h.step) * line_;
     }
 
     // Copies what the grid rows first_row .. first_row + rows of some images meet.
@@ -50,33 +113,20 @@ class Band {
         const int32_t left = w.first < 0 ? -w.first : 0, from = w.first < 0 ? 0 : w.first;
         const int32_t inside = smaller(width - left, w.source - from), top = first_row * h.step + h.first;
         image_stride_ = size_t(lines) * line_;
-        float* out = data_;
+        float* out = memory_;
         for (int32_t image = first_image; image < first_image + images; ++image) {
             for (int32_t y = top; y < top + lines; ++y, out += line_) {
                 if (y < 0 || y >= h.source || inside <= 0) {
-                    __builtin_memset(out, 0, line_ * sizeof(float));
+                    clear_floats(out, line_);
                     continue;
                 }
                 const size_t begin = size_t(left) * channels, count = size_t(inside) * channels;
-                __builtin_memset(out, 0, begin * sizeof(float));
-                __builtin_memcpy(out + begin, patches_.at(image, y, from), count * sizeof(float));
-                __builtin_memset(out + begin + count, 0, (line_ - begin - count) * sizeof(float));
+                clear_floats(out, begin);
+                copy_floats(out + begin, patches_.at(image, y, from), count);
+                clear_floats(out + begin + count, line_ - begin - count);
             }
         }
     }
-
-    // Where the window of a row's first grid position lies, counted from the first image and row that the band holds,
-    // and elements from there to the next position's.
-    const float* window(int32_t image, int32_t row) const {
-        return data_ + size_t(image) * image_stride_ + size_t(row) * size_t(patches_.h.step) * line_;
-    }
-    size_t step() const { return size_t(patches_.w.step) * patches_.channels; }
-
-  private:
-    const Patches& patches_;
-    float* data_;
-    size_t line_ = 0, image_stride_ = 0;
-    int32_t rows_ = 0, images_ = 0;
 
     size_t source_lines(int32_t rows) const {
         return size_t(rows - 1) * size_t(patches_.h.step) + size_t(patches_.h.taps - 1) * size_t(patches_.h.delta) + 1;

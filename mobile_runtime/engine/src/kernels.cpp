@@ -9,6 +9,7 @@ namespace EVENSONG_ISA {
 void register_linear(Kernel* table);
 void register_conv(Kernel* table);
 void register_sequence(Kernel* table);
+void register_conv_weight(Kernel* table);
 void register_pool(Kernel* table);
 void register_norm(Kernel* table);
 void register_elementwise(Kernel* table);
@@ -26,6 +27,7 @@ bool all_finite(const float* values, size_t count);
 void register_all(Kernel* table) {
     register_linear(table);
     register_conv(table);
+    register_conv_weight(table);
     register_int8(table);
     register_int8_gradient(table);
 #ifndef EVENSONG_DENSE_ONLY

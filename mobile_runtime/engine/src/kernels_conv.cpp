@@ -3,6 +3,7 @@
 #include "depthwise.hpp"
 #include "direct.hpp"
 #include "patches.hpp"
+#include "sparse.hpp"
 
 namespace evensong {
 namespace EVENSONG_ISA {
@@ -25,38 +26,15 @@ struct Blocks {
           patch_elements(size_t(workspace::patch_elements(depth, pixels))) {
         patches = weights + workspace::round_up(depth * weight_columns, 64);
     }
+    size_t elements() const { return size_t(patches - weights) + patch_elements; }
 };
 
 // convolve() below, where patches would be copies though each window could be read in place.
-__attribute__((noinline)) void convolve_directly(Band& band, const Patches& patches, int32_t images,
-                                                 const float* weights, size_t columns, Epilogue epilogue,
-                                                 Target target) {
-    constexpr size_t kMost = kMostRows / kTileRows * kTileRows;
-    const float* windows[kMost];
-    float* out[kMost];
-    for (int32_t image = 0; image < images; image += band.images()) {
-        const int32_t band_images = smaller(images - image, band.images());
-        for (int32_t row = 0; row < patches.h.grid; row += band.rows()) {
-            const int32_t band_rows = smaller(patches.h.grid - row, band.rows());
-            band.fill(image, band_images, row, band_rows);
-            size_t count = 0;
-            for (int32_t line = 0; line < band_images * band_rows; ++line) {
-                const int32_t i = line / band_rows, r = line % band_rows;
-                const float* window = band.window(i, r);
-                float* place = target.at(image + i, row + r, 0);
-                for (int32_t column = 0; column < patches.w.grid; ++column) {
-                    windows[count] = window;
-                    out[count] = place;
-                    window += band.step();
-                    place += target.column_stride;
-                    if (++count < kMost) continue;
-                    multiply_windows(windows, band.lines(), weights, out, count, columns, epilogue);
-                    count = 0;
-                }
-            }
-            if (count) multiply_windows(windows, band.lines(), weights, out, count, columns, epilogue);
-        }
-    }
+__attribute__((noinline)) void convolve_directly(Band& band, int32_t images, const float* weights, size_t columns,
+                                                 Epilogue epilogue, Target target) {
+    band.each_block(images, target, [&](const float** windows, float** out, size_t count) {
+        multiply_windows(windows, band.lines(), weights, out, count, columns, epilogue);
+    });
 }
 
 // target(pixel) = epilogue(patch(pixel) * weights) for all pixels of a grid and `columns` columns of packed weights.
@@ -64,7 +42,7 @@ __attribute__((noinline)) void convolve(const Patches& patches, int32_t images, 
                                         Epilogue epilogue, Target target) {
     if (patches.lines_are_contiguous() && !patches.lies_in_source()) {
         Band band(patches, images, blocks.patches, blocks.patch_elements);
-        if (band.fits()) return convolve_directly(band, patches, images, blocks.weights, columns, epilogue, target);
+        if (band.fits()) return convolve_directly(band, images, blocks.weights, columns, epilogue, target);
     }
     const size_t pixels = size_t(images) * size_t(patches.h.grid) * size_t(patches.w.grid);
     for (size_t pixel = 0; pixel < pixels; pixel += blocks.patch_rows) {
@@ -89,12 +67,7 @@ Fault convolution(const Call& call) {
     const size_t depth = conv.depth(), columns = size_t(conv.group_out_channels()), pixels = conv.out_pixels();
     const Blocks blocks(call.workspace, depth, columns, pixels);
     for (size_t group = 0; group < size_t(conv.groups); ++group) {
-        const Patches patches = {conv.forward_h(),
-                                 conv.forward_w(),
-                                 x.f32() + group * size_t(conv.group_channels),
-                                 size_t(conv.channels),
-                                 size_t(conv.group_channels),
-                                 x.f32() + x.elements};
+        const Patches patches = conv.forward_patches(x, group);
         for (size_t first = 0; first < columns; first += blocks.weight_columns) {
             const size_t width = smaller(columns - first, blocks.weight_columns), channel = group * columns + first;
             for (size_t j = 0; j < width; j += kPanelColumns) {
@@ -158,6 +131,42 @@ __attribute__((noinline)) void grad_input_phase(const Convolution& conv, const A
     }
 }
 
+// The gradient in the input where most of dy is zero: each of its other elements adds rows of w to the lines of its
+// window. False, and nothing done, where a product over all elements is faster.
+bool grad_input_sparse(const Convolution& conv, const float* dy, const float* w, float* dx, float* memory,
+                       size_t room) {
+    const size_t outputs = size_t(conv.out_channels), channels = size_t(conv.channels), depth = conv.depth();
+    const size_t most = smaller((room - 1) / (2 * outputs + 1), kMostRows), run = size_t(conv.kernel_w) * channels;
+    if (conv.groups != 1 || conv.dilation_w != 1 || most == 0) return false;
+    const size_t vectors = (run + kLanes - 1) / kLanes, pixels = conv.out_pixels();  // costs are those of a kernel line
+    const size_t dense = pixels * outputs * size_t(conv.kernel_w) * ((channels + kLanes - 1) / kLanes);
+    const size_t sparse = count_nonzeros(dy, pixels * outputs) * (vectors + 2) + pixels * (2 * vectors + 32);
+    if (sparse > dense) return false;
+
+    clear_floats(dx, size_t(conv.images) * size_t(conv.height) * size_t(conv.width) * channels);
+    TermLists terms(memory, room, most);
+    for (size_t first = 0; first < pixels; first += most) {
+        const size_t count = smaller(pixels - first, most);
+        const float* rows[kMostRows];
+        for (size_t i = 0; i < count; ++i) rows[i] = dy + (first + i) * outputs;
+        terms.by_row(rows, count, outputs, depth);
+        for (int32_t line = 0; line < conv.kernel_h; ++line) {  // outside: one line of w stays in the cache
+            for (size_t i = 0; i < count; ++i) {
+                const int32_t pixel = int32_t(first + i), out_line = pixel / conv.out_width;
+                const int32_t y = out_line % conv.out_height * conv.stride_h - conv.pad_top + line * conv.dilation_h;
+                const int32_t x = pixel % conv.out_width * conv.stride_w - conv.pad_left;
+                const int32_t begin = x < 0 ? -x : 0, end = smaller(conv.kernel_w, conv.width - x);
+                if (y < 0 || y >= conv.height || begin >= end) continue;
+                const size_t image_line = size_t(out_line / conv.out_height) * size_t(conv.height) + size_t(y);
+                add_terms(terms.list(i), w + size_t(line) * run + size_t(begin) * channels,
+                          dx + (image_line * size_t(conv.width) + size_t(x + begin)) * channels,
+                          size_t(end - begin) * channels, true, 1.0f);
+            }
+        }
+    }
+    return true;
+}
+
 Fault convolution_grad_input(const Call& call) {
     const Operand &dy = call.in[0], &w = call.in[1], &dx = call.out[0];
     const Convolution conv(dx, w, dy, call.attr);
@@ -170,6 +179,8 @@ Fault convolution_grad_input(const Call& call) {
                         workspace::phase_taps(size_t(conv.kernel_w), size_t(conv.stride_w), size_t(conv.dilation_w));
     const Blocks blocks(call.workspace, taps * size_t(conv.group_out_channels()), size_t(conv.group_channels),
                         dx.elements / dx.last());
+    if (!kIsSmall && grad_input_sparse(conv, dy.f32(), w.f32(), dx.f32_mut(), blocks.weights, blocks.elements()))
+        return Fault::kNone;
     for (int32_t a = 0; a < conv.stride_h && a < conv.height; ++a) {
         const Axis h =
             backward_axis(conv.height, conv.out_height, conv.kernel_h, conv.stride_h, conv.pad_top, conv.dilation_h, a);
@@ -182,53 +193,12 @@ Fault convolution_grad_input(const Call& call) {
     return Fault::kNone;
 }
 
-Fault convolution_grad_weight(const Call& call) {
-    const Operand &dy = call.in[0], &x = call.in[1], &dw = call.out[0];
-    const Convolution conv(x, dw, dy, call.attr);
-    float* block = reinterpret_cast<float*>(call.workspace);
-    const size_t depth = conv.depth(), out_columns = size_t(conv.group_out_channels()), pixels = conv.out_pixels();
-    if (conv.is_depthwise()) {
-        depthwise_grad_weight(conv, dy.f32(), x.f32(), dw.f32_mut(), block);
-    } else {
-        const size_t stride = size_t(workspace::patch_stride(depth)),
-                     most = size_t(workspace::patch_rows(depth, pixels));
-        for (size_t group = 0; group < size_t(conv.groups); ++group) {
-            const Patches patches = {conv.forward_h(),
-                                     conv.forward_w(),
-                                     x.f32() + group * size_t(conv.group_channels),
-                                     size_t(conv.channels),
-                                     size_t(conv.group_channels),
-                                     x.f32() + x.elements};
-            for (size_t pixel = 0; pixel < pixels; pixel += most) {
-                const size_t count = smaller(pixels - pixel, most);
-                const float* rows[kMostRows];
-                float* unused[kMostRows];
-                patches.rows(pixel, count, block, true, Target(), rows, unused);
-                Epilogue epilogue;
-                epilogue.accumulate = pixel > 0;
-                for (size_t first = 0; first < out_columns; first += kMostRows) {
-                    const size_t channels = smaller(out_columns - first, kMostRows);
-                    float* out[kMostRows];
-                    for (size_t i = 0; i < channels; ++i)
-                        out[i] = dw.f32_mut() + (group * out_columns + first + i) * depth;
-                    const Columns left = {dy.f32() + pixel * size_t(conv.out_channels) + group * out_columns + first,
-                                          size_t(conv.out_channels)};
-                    multiply_in_place(left, block, stride, count, out, channels, depth, epilogue, nullptr);
-                }
-            }
-        }
-    }
-    if (call.outputs > 1) bias_gradient(dy.f32(), pixels, size_t(conv.out_channels), call.out[1].f32_mut());
-    return Fault::kNone;
-}
-
 }  // namespace
 
 void register_conv(Kernel* table);
 void register_conv(Kernel* table) {
     table[op::CONV2D] = convolution;
     table[op::CONV2D_GRAD_INPUT] = convolution_grad_input;
-    table[op::CONV2D_GRAD_WEIGHT] = convolution_grad_weight;
 }
 
 }  // namespace EVENSONG_ISA

@@ -1,6 +1,7 @@
 // LINEAR and its gradients, float32.
 #include "gemm.hpp"
 #include "kernel.hpp"
+#include "sparse.hpp"
 
 namespace evensong {
 namespace EVENSONG_ISA {
@@ -71,11 +72,45 @@ Fault linear_grad_input(const Call& call) {
     return Fault::kNone;
 }
 
+// multiply_transposed() below for a sparse dy. A block of x is copied, so that it stays in the first-level cache while
+// all rows of `out` are made from it.
+void multiply_sparse(const Operand& dy, const Operand& x, float* out, bool accumulate, float scale, float* workspace) {
+    constexpr size_t kColumns = workspace::kSparseColumns / kWidestRun * kWidestRun;
+    const size_t outputs = dy.last(), rows = dy.elements / outputs, columns = x.last();
+    const size_t few = smaller(rows, workspace::kSparseRows), most_lists = smaller(outputs, workspace::kSparseColumns);
+    const size_t room = workspace::round_up(most_lists * (2 * few + 1), 16), stride = smaller(columns, kColumns);
+    TermLists terms(workspace, room, most_lists);
+    float* block = workspace + room;
+    uint32_t places[workspace::kSparseRows];
+    for (size_t i = 0; i < few; ++i) places[i] = uint32_t(i * stride);
+    const float* gradients[workspace::kSparseRows];
+    for (size_t k = 0; k < rows; k += few) {
+        const size_t deep = smaller(rows - k, few);
+        for (size_t first = 0; first < outputs; first += most_lists) {
+            const size_t lists = smaller(outputs - first, most_lists);
+            for (size_t i = 0; i < deep; ++i) gradients[i] = dy.f32() + (k + i) * outputs + first;
+            terms.count(gradients, deep, lists);
+            terms.by_column(gradients, deep, lists, places);
+            for (size_t j = 0; j < columns; j += kColumns) {
+                const size_t width = smaller(columns - j, kColumns);
+                for (size_t i = 0; i < deep; ++i) {
+                    copy_floats(block + places[i], x.f32() + (k + i) * columns + j, width);
+                }
+                for (size_t o = 0; o < lists; ++o) {
+                    add_terms(terms.list(o), block, out + (first + o) * columns + j, width, accumulate || k > 0, scale);
+                }
+            }
+        }
+    }
+}
+
 // out[O,I] = dy[M,O]^T x[M,I], or with `accumulate` out += scale * dy^T x
 void multiply_transposed(const Operand& dy, const Operand& x, float* out, bool accumulate, float scale,
                          char* workspace) {
     const size_t rows = dy.last(), depth = dy.elements / rows, columns = x.last();
     float* scratch = reinterpret_cast<float*>(workspace);
+    if (!kIsSmall && 4 * count_nonzeros(dy.f32(), dy.elements) <= 3 * dy.elements)
+        return multiply_sparse(dy, x, out, accumulate, scale, scratch);
     for (size_t k = 0; k < depth; k += kDepth) {
         const size_t deep = smaller(depth - k, kDepth);
         for_blocks_of_rows(out, columns, rows, [&](size_t first, size_t count, float* const* out_rows) {

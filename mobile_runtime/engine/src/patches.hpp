@@ -29,6 +29,8 @@ struct Target {
     }
 };
 
+struct Patches;
+
 // A convolution's sizes, from the operands x [N,H,W,C], w [O,KH,KW,C/groups], y [N,P,Q,O] and the attributes.
 struct Convolution {
     int32_t images, height, width, channels;
@@ -73,6 +75,7 @@ struct Convolution {
 
     Axis forward_h() const { return {height, out_height, stride_h, -pad_top, dilation_h, kernel_h, 0, 1}; }
     Axis forward_w() const { return {width, out_width, stride_w, -pad_left, dilation_w, kernel_w, 0, 1}; }
+    Patches forward_patches(const Operand& x, size_t group) const;
 };
 
 // The pixels `phase`, `phase + stride`, ... of an input axis, which meet every step-th tap: their gradient is a
@@ -191,6 +194,11 @@ struct Patches {
         }
     }
 };
+
+inline Patches Convolution::forward_patches(const Operand& x, size_t group) const {
+    const size_t group_size = size_t(group_channels);
+    return {forward_h(), forward_w(), x.f32() + group * group_size, size_t(channels), group_size, x.f32() + x.elements};
+}
 
 }  // namespace EVENSONG_ISA
 }  // namespace evensong

@@ -38,6 +38,11 @@ namespace evensong {
 namespace EVENSONG_ISA {
 
 constexpr size_t kLanes = EVENSONG_LANES;  // 32-bit lanes in a vector
+#if defined(EVENSONG_SMALL)
+constexpr bool kIsSmall = true;  // kernels without which every operation can do are left out
+#else
+constexpr bool kIsSmall = false;
+#endif
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
@@ -142,6 +147,14 @@ EVENSONG_INLINE void store_upto(float* p, Floats v, size_t count) {
     }
 }
 
+// Copies and zeros of any length: what the compiler makes of memcpy() when it optimises for size is slow.
+EVENSONG_INLINE void copy_floats(float* to, const float* from, size_t count) {
+    for (size_t i = 0; i < count; i += kLanes) store_upto(to + i, load_upto(from + i, count - i), count - i);
+}
+EVENSONG_INLINE void clear_floats(float* to, size_t count) {
+    for (size_t i = 0; i < count; i += kLanes) store_upto(to + i, Floats{}, count - i);
+}
+
 // Lanes from `count` on become `filler`.
 EVENSONG_INLINE Floats keep_first(Floats v, size_t count, float filler) {
     return lane_numbers() < splat(int32_t(count < kLanes ? count : kLanes)) ? v : splat(filler);
@@ -235,6 +248,22 @@ EVENSONG_INLINE float max_lanes(Floats v) {
     float best = v[0];
     for (size_t i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
     return best;
+}
+
+// One bit for each lane of a comparison's result.
+EVENSONG_INLINE uint32_t lane_bits(Ints mask) {
+#if EVENSONG_LANES == 16
+    return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask));
+#elif EVENSONG_LANES == 8
+    return uint32_t(_mm256_movemask_ps(__m256(mask)));
+#elif defined(__SSE2__)
+    return uint32_t(_mm_movemask_ps(__m128(mask)));
+#else
+    uint32_t bits = 0;
+    EVENSONG_UNROLL
+    for (size_t i = 0; i < kLanes; ++i) bits |= uint32_t(mask[i]) & 1u << i;
+    return bits;
+#endif
 }
 
 // Any lane of a comparison's result set?

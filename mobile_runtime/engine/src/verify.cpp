@@ -280,7 +280,9 @@ uint64_t packed_panel(uint64_t depth) { return 4 * workspace::kPanel * workspace
 
 uint64_t linear_workspace(const Context& c) { return c['M'] <= workspace::kDotRows ? 0 : packed_panel(c['I']); }
 uint64_t linear_grad_input_workspace(const Context& c) { return packed_panel(c['O']); }
-uint64_t linear_grad_weight_workspace(const Context& c) { return packed_panel(c['M']); }
+uint64_t linear_grad_weight_workspace(const Context& c) {
+    return 4 * workspace::linear_grad_weight_elements(c['M'], c['O'], c['I']);
+}
 
 uint64_t recurrent_workspace(const Context& c) { return 4 * workspace::recurrent_elements(c['N'], c['G'], c['H']); }
 uint64_t recurrent_grad_workspace(const Context& c) {

@@ -16,8 +16,10 @@ constexpr uint64_t kLeastPatches = 16;            // ... but never fewer patches
 constexpr uint64_t kMostPatches = 256;            // ... nor more
 constexpr uint64_t kWeightElements = 256 * 1024;  // elements of one block of packed weights, if one panel fits
 
-constexpr uint64_t kSequences = 48;    // examples that a recurrent layer takes at a time
-constexpr uint64_t kDotSequences = 4;  // a recurrent layer with at most this many reads its weight in place
+constexpr uint64_t kSequences = 48;       // examples that a recurrent layer takes at a time
+constexpr uint64_t kDotSequences = 4;     // a recurrent layer with at most this many reads its weight in place
+constexpr uint64_t kSparseRows = 32;      // rows of x that a product with a sparse dy takes at a time
+constexpr uint64_t kSparseColumns = 256;  // columns of x, and of dy
 
 constexpr uint64_t kInt8Weights = 64 * 1024;  // weights of one packed block of an int8 product, if one panel fits
 constexpr uint64_t kInt8Rows = 8;             // rows of patches that the int8 product takes at a time
@@ -49,6 +51,13 @@ constexpr uint64_t weight_columns(uint64_t depth, uint64_t columns) {
 }
 
 constexpr uint64_t weight_elements(uint64_t depth, uint64_t columns) { return depth * weight_columns(depth, columns); }
+
+// LINEAR_GRAD_WEIGHT: one panel, or a block of x and the terms of a block of a sparse dy.
+constexpr uint64_t linear_grad_weight_elements(uint64_t rows, uint64_t outputs, uint64_t inputs) {
+    const uint64_t few = smaller(rows, kSparseRows), lists = smaller(outputs, kSparseColumns);
+    return larger(kPanel * smaller(rows, kDepth),
+                  few * smaller(round_up(inputs, kPanel), kSparseColumns) + round_up(lists * (2 * few + 1), 16));
+}
 
 // Columns of int8 weights packed at a time: a multiple of kPanel.
 constexpr uint64_t int8_columns(uint64_t depth, uint64_t columns) {

@@ -21,6 +21,8 @@ LEAST_PATCHES, MOST_PATCHES = 16, 256
 WEIGHT_ELEMENTS = 256 * 1024  #: elements of one block of packed weights, if at least one panel fits
 SEQUENCES = 48  #: examples that a recurrent layer takes at a time
 DOT_SEQUENCES = 4  #: a recurrent layer with at most this many reads its weight in place
+SPARSE_ROWS = 32  #: rows of x that a product with a sparse dy takes at a time
+SPARSE_COLUMNS = 256  #: columns of x, and of dy
 INT8_WEIGHTS = 64 * 1024  #: weights of one packed block of an int8 product, if at least one panel fits
 INT8_ROWS = 8  #: rows of patches that the int8 product takes at a time
 GRADIENT_PIXELS = 64  #: pixels that a step of int8 weights sums at a time
@@ -47,10 +49,10 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
             return _F32 * PANEL * min(operands[1].dims[0], DEPTH)
         case "LINEAR_GRAD_WEIGHT":
             dy, dw = operands[0], tensors[op.outputs[0]]
-            return _F32 * PANEL * min(dy.elements // dw.dims[0], DEPTH)
+            return _F32 * _linear_grad_weight_elements(dy.elements // dw.dims[0], *dw.dims)
         case "LINEAR_UPDATE":
             w, dy = operands[:2]
-            return _F32 * PANEL * min(dy.elements // w.dims[0], DEPTH)
+            return _F32 * _linear_grad_weight_elements(dy.elements // w.dims[0], *w.dims)
         case "CONV2D":
             return _conv_need(operands[1], op.attrs, pixels=prod(tensors[op.outputs[0]].dims[:3]), itemsize=_F32)
         case "CONV2D_GRAD_INPUT":
@@ -89,6 +91,13 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
             return gradient_step_bytes(weight.dims[0] // int(op.attrs[6]), prod(weight.dims[1:]))
         case _:
             return 0
+
+
+def _linear_grad_weight_elements(rows: int, outputs: int, inputs: int) -> int:
+    """One panel, or a block of x and the terms of a block of a sparse dy."""
+    few, lists = min(rows, SPARSE_ROWS), min(outputs, SPARSE_COLUMNS)
+    block = few * min(_round_up(inputs, PANEL), SPARSE_COLUMNS)
+    return max(PANEL * min(rows, DEPTH), block + _round_up(lists * (2 * few + 1), 16))
 
 
 def patch_elements(depth: int, pixels: int) -> int:
