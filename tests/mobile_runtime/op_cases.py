@@ -389,6 +389,56 @@ def _layer_norm_grad(c: Case) -> None:
     c.finish()
 
 
+@_case("GROUP_NORM")
+def _group_norm(c: Case) -> None:
+    groups, length = c.size(), c.size(2, 8)
+    channels = groups * c.size(1, 9)
+    c.input(1, length, channels)
+    c.weight(channels)
+    c.weight(channels)
+    c.output(1, length, channels)
+    c.output(1, groups)
+    c.output(1, groups)
+    c.finish(eps=1e-3)
+
+
+@_case("GROUP_NORM_GRAD")
+def _group_norm_grad(c: Case) -> None:
+    groups, length = c.size(), c.size(1, 8)
+    channels = groups * c.size(1, 9)
+    c.input(1, length, channels)
+    c.input(1, length, channels)
+    c.weight(channels)
+    c.input(1, groups)
+    c.input(1, groups, value=np.abs(c.floats(*c.live((1, groups), True))))
+    c.output(1, length, channels)
+    c.output(channels, batched=False)
+    c.output(channels, batched=False)
+    c.finish()
+
+
+@_case("RMS_NORM")
+def _rms_norm(c: Case) -> None:
+    rows, channels = c.size(), _big(c)
+    c.input(rows, channels)
+    c.weight(channels)
+    c.output(rows, channels)
+    c.output(rows)
+    c.finish(eps=1e-3)
+
+
+@_case("RMS_NORM_GRAD")
+def _rms_norm_grad(c: Case) -> None:
+    rows, channels = c.size(), _big(c)
+    c.input(rows, channels)
+    c.input(rows, channels)
+    c.weight(channels)
+    c.input(rows, value=np.abs(c.floats(*c.live((rows,), True))))
+    c.output(rows, channels)
+    c.output(channels, batched=False)
+    c.finish()
+
+
 # ------------------------------------------------------------------------------------------------- element-wise
 
 
@@ -397,12 +447,12 @@ def _unary(c: Case) -> None:
     count = _big(c)
     c.input(count, 3, value=4 * c.floats(*c.live((count, 3), True)))
     c.output(count, 3)
-    c.finish(kind=c.size(1, 8))
+    c.finish(kind=c.size(1, max(Activation)))
 
 
 @_case("UNARY_GRAD")
 def _unary_grad(c: Case) -> None:
-    count, kind = _big(c), Activation(c.size(1, 8))
+    count, kind = _big(c), Activation(c.size(1, max(Activation)))
     s = 4 * c.floats(*c.live((count, 3), True))
     if kind in (Activation.SIGMOID, Activation.TANH):
         s = np.tanh(s)
@@ -412,16 +462,17 @@ def _unary_grad(c: Case) -> None:
     c.finish(kind=kind)
 
 
-@_case("ADD", "SUB", "MUL")
+@_case("ADD", "SUB", "MUL", "MAXIMUM", "MINIMUM", "STEP")
 def _binary(c: Case) -> None:
     rows, columns = c.size(), _big(c)
-    c.input(rows, columns)
+    values = c.integers(-2, 2, *c.live((rows, columns), True), dtype=np.float32)  # some are equal
+    c.input(rows, columns, value=values)
     if c.in_place != 1 and c.flag():
-        c.weight(columns)
+        c.weight(columns, value=c.integers(-2, 2, columns, dtype=np.float32))
     else:
         c.input(rows, columns)
     c.output(rows, columns)
-    c.finish()
+    c.finish(**({"at_equal": 0.25} if c.name == "STEP" else {}))
 
 
 @_case("SCALE")

@@ -16,6 +16,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from compile_harness import ENGINES
+from test_compile_layers import IMAGE, SEQUENCE, VECTOR, Between
 
 from evensong.mobile_runtime import load, profile, quantization_report
 from evensong.mobile_runtime.compiler import PostTrainingInt8, QuantizationAwareTraining, compile, zoo
@@ -26,6 +27,7 @@ from evensong.mobile_runtime.compiler.ir import Graph, Value
 from evensong.mobile_runtime.compiler.lowering import lower
 from evensong.mobile_runtime.compiler.passes import simplify
 from evensong.mobile_runtime.compiler.qat import check_supported
+from evensong.mobile_runtime.compiler.torch_ops import TABLE, result_of
 from evensong.mobile_runtime.compiler.weights import Weights
 from evensong.mobile_runtime.errors import CompileError, ProgramError, UnsupportedOperation
 
@@ -137,6 +139,36 @@ def _fit(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epochs: int, rat
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[i : i + 32]), y[i : i + 32]).backward()
             optimizer.step()
+
+
+_IN_TORCH = [
+    *(("image", name) for name in ("transposed conv", "transposed conv options", "transposed conv depthwise")),
+    *(("image", name) for name in ("transposed conv dilated", "group norm", "instance norm", "standardised")),
+    *(("vector", name) for name in ("rms norm", "exp and log", "powers", "sign", "largest and smallest")),
+    *(("sequence", name) for name in ("gru deep", "lstm both ways")),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), _IN_TORCH)
+def test_float_operations_are_those_of_the_twin(kind: str, name: str) -> None:
+    """Inside an int8 model they run in torch while it trains."""
+    torch.manual_seed(3)
+    layers, first, shape = {
+        "image": (IMAGE, nn.Conv2d(2, 4, 3, padding=1), (2, 7, 5)),
+        "vector": (VECTOR, nn.Linear(4, 6), (4,)),
+        "sequence": (SEQUENCE, nn.Linear(2, 4), (6, 2)),
+    }[kind]
+    model = Between(first, layers[name], shape).eval()
+    examples = torch.randn(3, *shape)
+    traced = trace(model, [examples], training=False)
+    graph = lower(traced, Weights(model, [], traced), "predict").graph
+    run = Interpreter(dict(zip(graph.inputs.values(), [examples.numpy()], strict=True)))
+    for node in graph.nodes:
+        made = result_of(node)
+        operands = [torch.from_numpy(np.asarray(run.content(value))) for value in node.inputs]
+        result = TABLE[node.op](node, [operand.float() for operand in operands], run.shape(made))
+        run.run(node)
+        np.testing.assert_allclose(result.detach().numpy().ravel(), run.contents[made.root].ravel(), atol=1e-5)
 
 
 def test_qat_refuses_what_it_cannot_go_through() -> None:

@@ -11,7 +11,8 @@ from scipy import special
 
 from evensong.wire.program import Activation
 
-KINDS = [kind for kind in Activation if kind != Activation.NONE]
+KINDS = [kind for kind in Activation if Activation.NONE < kind <= Activation.SILU]
+FUNCTIONS = [kind for kind in Activation if kind > Activation.SILU]
 
 #: Sizes around every vector width, and 1.
 sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 130, 257]))
@@ -37,6 +38,14 @@ def f64(kind: Activation, x: np.ndarray) -> np.ndarray:
             return np.tanh(x)
         case Activation.SILU:
             return x * special.expit(x)
+        case Activation.EXP:
+            return np.exp(x)
+        case Activation.LOG:
+            return np.log(x)
+        case Activation.SQRT:
+            return np.sqrt(x)
+        case Activation.RECIPROCAL:
+            return 1 / x
     raise AssertionError(kind)
 
 
@@ -60,8 +69,33 @@ def test_activations_keep_nan_and_saturate_at_infinity(kind: Activation) -> None
         assert y[3] == (-1 if kind == Activation.TANH else 0)
 
 
+@pytest.mark.parametrize("kind", FUNCTIONS, ids=lambda kind: kind.name)
+def test_functions_are_accurate_over_their_whole_range(kind: Activation) -> None:
+    if kind == Activation.EXP:
+        x = np.linspace(-87, 88, 5000).astype(np.float32)
+    else:
+        x = np.concatenate([np.geomspace(1e-37, 1e37, 5000), np.linspace(0.5, 2, 999)]).astype(np.float32)
+        if kind == Activation.LOG:
+            x = np.append(x, np.geomspace(2e-45, 1e-38, 99).astype(np.float32))
+    expected = f64(kind, x)
+    tolerance = 1e-7 if kind == Activation.LOG else 0.0  # near 1, where the logarithm is zero
+    check_everywhere("UNARY", [x], [x.shape], [expected], rtol=1e-6, atol=tolerance * 1e-5, kind=kind)
+
+
+def test_functions_at_the_borders_of_their_domains() -> None:
+    x = np.array([0.0, -1.0, np.inf, np.nan, -np.inf], np.float32)
+    expected = {
+        Activation.EXP: [1, np.exp(-1.0), np.inf, np.nan, 0],
+        Activation.LOG: [-np.inf, np.nan, np.inf, np.nan, np.nan],
+        Activation.SQRT: [0, np.nan, np.inf, np.nan, np.nan],
+        Activation.RECIPROCAL: [np.inf, -1, 0, np.nan, 0],
+    }
+    for kind, values in expected.items():
+        check_everywhere("UNARY", [x], [x.shape], [values], rtol=1e-6, atol=1e-38, kind=kind)
+
+
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [*KINDS, *FUNCTIONS], ids=lambda kind: kind.name)
 @settings(max_examples=15, deadline=None)
 @given(size=sizes, seed=seeds, inplace=st.sampled_from([None, (0, 0), (1, 0)]))
 def test_activation_gradients_match_torch(
@@ -77,9 +111,15 @@ def test_activation_gradients_match_torch(
         Activation.SIGMOID: torch.sigmoid,
         Activation.TANH: torch.tanh,
         Activation.SILU: torch.nn.functional.silu,
+        Activation.EXP: torch.exp,
+        Activation.LOG: torch.log,
+        Activation.SQRT: torch.sqrt,
+        Activation.RECIPROCAL: torch.reciprocal,
     }
     rng = np.random.default_rng(seed)
     x = (4 * rng.standard_normal(size)).astype(np.float32)
+    if kind in FUNCTIONS:
+        x = rng.uniform(0.2, 3, size).astype(np.float32)
     dy = rng.standard_normal(size).astype(np.float32)
     leaf = torch.tensor(x, dtype=torch.float64, requires_grad=True)
     y = functions[kind](leaf)
@@ -91,7 +131,7 @@ def test_activation_gradients_match_torch(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    op=st.sampled_from(["ADD", "SUB", "MUL"]),
+    op=st.sampled_from(["ADD", "SUB", "MUL", "MAXIMUM", "MINIMUM", "STEP"]),
     rows=st.integers(1, 9),
     columns=sizes,
     whole=st.booleans(),
@@ -104,9 +144,25 @@ def test_arithmetic_broadcasts_rows(
     rng = np.random.default_rng(seed)
     a = rng.standard_normal((rows, columns)).astype(np.float32)
     b = rng.standard_normal((rows if whole else 1, columns)).astype(np.float32)
-    expected = {"ADD": a + b, "SUB": a - b, "MUL": a * b}[op]
+    b[..., ::3] = a[:1, ::3]  # some are equal
+    expected = {
+        "ADD": a + b,
+        "SUB": a - b,
+        "MUL": a * b,
+        "MAXIMUM": np.maximum(a, b),
+        "MINIMUM": np.minimum(a, b),
+        "STEP": np.heaviside(a - b, np.float32(0.25)),
+    }[op]
     b = b if whole else b.reshape(columns)
-    check_everywhere(op, [a, b], [a.shape], [expected], inplace=inplace if whole or inplace == (0, 0) else None)
+    options = {"at_equal": 0.25} if op == "STEP" else {}
+    inplace = inplace if whole or inplace == (0, 0) else None
+    check_everywhere(op, [a, b], [a.shape], [expected], inplace=inplace, **options)
+
+
+@pytest.mark.parametrize("op", ["MAXIMUM", "MINIMUM"])
+def test_comparisons_keep_nan(op: str) -> None:
+    a, b = np.array([np.nan, 1, 1], np.float32), np.array([1, np.nan, np.inf], np.float32)
+    check_everywhere(op, [a, b], [a.shape], [[np.nan, np.nan, np.inf if op == "MAXIMUM" else 1]])
 
 
 @settings(max_examples=20, deadline=None)

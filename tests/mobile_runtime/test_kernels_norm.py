@@ -1,4 +1,4 @@
-"""Batch and layer normalisation against float64 formulas (and torch's autograd), on every instruction set."""
+"""Normalisation against float64 formulas (and torch's autograd), on every instruction set."""
 
 from __future__ import annotations
 
@@ -174,3 +174,52 @@ def test_layer_norm_over_several_dimensions_and_a_part_of_the_batch() -> None:
         eps=0.0,
     )
     np.testing.assert_allclose(y.reshape(2, 15), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.torch
+@settings(max_examples=25, deadline=None)
+@given(
+    examples=st.integers(1, 4),
+    length=st.one_of(st.integers(2, 9), st.just(150)),
+    groups=st.sampled_from([1, 2, 3, 8]),
+    size=st.one_of(st.integers(1, 9), st.just(33)),
+    seed=seeds,
+)
+def test_group_norm_and_its_gradient_are_torchs(examples: int, length: int, groups: int, size: int, seed: int) -> None:
+    torch = pytest.importorskip("torch")
+    channels = groups * size
+    x, dy, gamma, beta, _, _ = draw(seed, examples * length, channels)
+    shape, statistics = (examples, length, channels), (examples, groups)
+    x, dy = x.reshape(shape) / 5, dy.reshape(shape)
+    leaves = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (x, gamma, beta)]
+    y = torch.nn.functional.group_norm(leaves[0].transpose(1, 2), groups, leaves[1], leaves[2], 1e-3).transpose(1, 2)
+    y.backward(torch.tensor(dy, dtype=torch.float64))
+    grouped = x.astype(np.float64).reshape(examples, length, groups, size)
+    mean, rstd = grouped.mean(axis=(1, 3)), 1 / np.sqrt(grouped.var(axis=(1, 3)) + 1e-3)
+    shapes = [shape, statistics, statistics]
+    forward = [y.detach().numpy(), mean, rstd]
+    check_everywhere("GROUP_NORM", [x, gamma, beta], shapes, forward, rtol=2e-5, atol=2e-5, eps=1e-3)
+    operands = [dy, x, gamma, mean.astype(np.float32), rstd.astype(np.float32)]
+    expected = [leaf.grad.numpy() for leaf in leaves]
+    scale = max(1, np.abs(expected[1]).max())
+    check_everywhere(
+        "GROUP_NORM_GRAD", operands, [shape, gamma.shape, gamma.shape], expected, rtol=1e-4, atol=2e-5 * scale
+    )
+
+
+@pytest.mark.torch
+@settings(max_examples=25, deadline=None)
+@given(rows=row_counts, columns=widths, seed=seeds)
+def test_rms_norm_and_its_gradient_are_torchs(rows: int, columns: int, seed: int) -> None:
+    torch = pytest.importorskip("torch")
+    x, dy, gamma, _, _, _ = draw(seed, rows, columns)
+    leaves = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (x, gamma)]
+    y = torch.nn.functional.rms_norm(leaves[0], (columns,), leaves[1], eps=1e-3)
+    y.backward(torch.tensor(dy, dtype=torch.float64))
+    rstd = 1 / np.sqrt((x.astype(np.float64) ** 2).mean(axis=1) + 1e-3)
+    forward = [y.detach().numpy(), rstd]
+    check_everywhere("RMS_NORM", [x, gamma], [x.shape, (rows,)], forward, rtol=2e-5, atol=2e-6, eps=1e-3)
+    expected = [leaf.grad.numpy() for leaf in leaves]
+    operands = [dy, x, gamma, rstd.astype(np.float32)]
+    scale = max(1, np.abs(expected[1]).max(), np.abs(rstd).max())
+    check_everywhere("RMS_NORM_GRAD", operands, [x.shape, gamma.shape], expected, rtol=1e-4, atol=1e-5 * scale)

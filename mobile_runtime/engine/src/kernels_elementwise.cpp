@@ -35,7 +35,10 @@ EVENSONG_INLINE Floats clamp(Floats x, float lo, float hi) {
     return x > hi ? splat(hi) : x;
 }
 
-EVENSONG_INLINE Floats normal_cdf(Floats x, Floats bell_of_x) {
+// Calls, not inlined: several kinds need them, forward and backward.
+__attribute__((noinline)) Floats sigmoid_of(Floats x) { return sigmoid(x); }
+__attribute__((noinline)) Floats bell_of(Floats x) { return bell(x); }
+__attribute__((noinline)) Floats normal_cdf(Floats x, Floats bell_of_x) {
     const Floats tail = normal_upper_tail(absolute(x), bell_of_x);
     return x < 0.0f ? tail : 1.0f - tail;
 }
@@ -57,19 +60,31 @@ Fault unary(const Call& call) {
             map(x, y, count, [](Floats v) { return v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); });
             break;
         case activation::GELU:
-            map(x, y, count, [](Floats v) { return v * normal_cdf(v, bell(v)); });
+            map(x, y, count, [](Floats v) { return v * normal_cdf(v, bell_of(v)); });
             break;
         case activation::GELU_TANH:
-            map(x, y, count, [](Floats v) { return v * sigmoid(2.0f * gelu_tanh_argument(v)); });
+            map(x, y, count, [](Floats v) { return v * sigmoid_of(2.0f * gelu_tanh_argument(v)); });
             break;
         case activation::SIGMOID:
-            map(x, y, count, [](Floats v) { return sigmoid(v); });
+            map(x, y, count, [](Floats v) { return sigmoid_of(v); });
             break;
         case activation::TANH:
             map(x, y, count, [](Floats v) { return hyperbolic_tangent(v); });
             break;
         case activation::SILU:
-            map(x, y, count, [](Floats v) { return v * sigmoid(v); });
+            map(x, y, count, [](Floats v) { return v * sigmoid_of(v); });
+            break;
+        case activation::EXP:
+            map(x, y, count, [](Floats v) { return exponential(v); });
+            break;
+        case activation::LOG:
+            map(x, y, count, [](Floats v) { return logarithm(v); });
+            break;
+        case activation::SQRT:
+            map(x, y, count, [](Floats v) { return square_root(v); });
+            break;
+        case activation::RECIPROCAL:
+            map(x, y, count, [](Floats v) { return 1.0f / v; });
             break;
         default:
             break;  // the loader refuses every other kind
@@ -77,7 +92,7 @@ Fault unary(const Call& call) {
     return Fault::kNone;
 }
 
-// s is the forward output y for RELU, RELU6, SIGMOID and TANH, else the forward input x.
+// s is the forward output y or the forward input x, see opcodes.h's source.
 Fault unary_grad(const Call& call) {
     const float* dy = call.in[0].f32();
     const float* s = call.in[1].f32();
@@ -98,13 +113,13 @@ Fault unary_grad(const Call& call) {
             break;
         case activation::GELU:
             map(dy, s, dx, count, [](Floats g, Floats x) {
-                const Floats b = bell(x);
+                const Floats b = bell_of(x);
                 return g * (normal_cdf(x, b) + x * b * kBellHeight);
             });
             break;
         case activation::GELU_TANH:
             map(dy, s, dx, count, [](Floats g, Floats x) {
-                const Floats p = sigmoid(2.0f * gelu_tanh_argument(x));  // (1 + tanh) / 2
+                const Floats p = sigmoid_of(2.0f * gelu_tanh_argument(x));  // (1 + tanh) / 2
                 const Floats slope = 2.0f * kTanhSlope * (1.0f + 3.0f * kTanhCubic * x * x);
                 return g * (p + x * p * (1.0f - p) * slope);
             });
@@ -117,9 +132,21 @@ Fault unary_grad(const Call& call) {
             break;
         case activation::SILU:
             map(dy, s, dx, count, [](Floats g, Floats x) {
-                const Floats p = sigmoid(x);
+                const Floats p = sigmoid_of(x);
                 return g * p * (1.0f + x * (1.0f - p));
             });
+            break;
+        case activation::EXP:
+            map(dy, s, dx, count, [](Floats g, Floats y) { return g * y; });
+            break;
+        case activation::LOG:
+            map(dy, s, dx, count, [](Floats g, Floats x) { return g / x; });
+            break;
+        case activation::SQRT:
+            map(dy, s, dx, count, [](Floats g, Floats y) { return g * 0.5f / y; });
+            break;
+        case activation::RECIPROCAL:
+            map(dy, s, dx, count, [](Floats g, Floats y) { return -g * y * y; });
             break;
         default:
             break;
@@ -155,6 +182,18 @@ Fault sub(const Call& call) {
 }
 Fault mul(const Call& call) {
     return binary(call, [](Floats a, Floats b) { return a * b; });
+}
+
+// The larger of sign * a and sign * b, times sign; NaN on either side is kept.
+Fault extremum(const Call& call, float sign) {
+    return binary(call, [=](Floats a, Floats b) { return (sign * a > sign * b) | (a != a) ? a : b; });
+}
+Fault larger_of(const Call& call) { return extremum(call, 1.0f); }
+Fault smaller_of(const Call& call) { return extremum(call, -1.0f); }
+
+Fault unit_step(const Call& call) {
+    const Floats at_equal = splat(call.attr[0].f);
+    return binary(call, [=](Floats a, Floats b) { return a > b ? splat(1.0f) : (a == b ? at_equal : Floats{}); });
 }
 
 Fault scale(const Call& call) {
@@ -320,6 +359,9 @@ void register_elementwise(Kernel* table) {
     table[op::ADD] = add;
     table[op::SUB] = sub;
     table[op::MUL] = mul;
+    table[op::MAXIMUM] = larger_of;
+    table[op::MINIMUM] = smaller_of;
+    table[op::STEP] = unit_step;
     table[op::SCALE] = scale;
     table[op::FILL] = fill;
     table[op::SUM_ROWS] = sum_rows;

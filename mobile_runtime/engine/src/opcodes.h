@@ -27,6 +27,10 @@ constexpr uint16_t BATCH_NORM_EVAL = 22;
 constexpr uint16_t BATCH_NORM_EVAL_GRAD = 23;
 constexpr uint16_t LAYER_NORM = 24;
 constexpr uint16_t LAYER_NORM_GRAD = 25;
+constexpr uint16_t GROUP_NORM = 26;
+constexpr uint16_t GROUP_NORM_GRAD = 27;
+constexpr uint16_t RMS_NORM = 28;
+constexpr uint16_t RMS_NORM_GRAD = 29;
 constexpr uint16_t UNARY = 30;
 constexpr uint16_t UNARY_GRAD = 31;
 constexpr uint16_t ADD = 32;
@@ -39,6 +43,9 @@ constexpr uint16_t REDUCE_MEAN_GRAD = 38;
 constexpr uint16_t DROPOUT = 39;
 constexpr uint16_t DROPOUT_GRAD = 40;
 constexpr uint16_t FILL = 41;
+constexpr uint16_t MAXIMUM = 42;
+constexpr uint16_t MINIMUM = 43;
+constexpr uint16_t STEP = 45;
 constexpr uint16_t LINEAR_UPDATE = 44;
 constexpr uint16_t TRANSPOSE = 50;
 constexpr uint16_t CONCAT = 51;
@@ -102,6 +109,10 @@ constexpr int32_t GELU_TANH = 5;
 constexpr int32_t SIGMOID = 6;
 constexpr int32_t TANH = 7;
 constexpr int32_t SILU = 8;
+constexpr int32_t EXP = 9;
+constexpr int32_t LOG = 10;
+constexpr int32_t SQRT = 11;
+constexpr int32_t RECIPROCAL = 12;
 }  // namespace activation
 
 struct Signature {
@@ -134,6 +145,10 @@ inline constexpr Signature kSignatures[] = {
     {23, 5, 5, 1, 3, 1, 0, 0, 0, "BATCH_NORM_EVAL_GRAD"},
     {24, 3, 3, 3, 3, 1, 0, 0, 0, "LAYER_NORM"},
     {25, 5, 5, 3, 3, 0, 0, 0, 0, "LAYER_NORM_GRAD"},
+    {26, 3, 3, 3, 3, 1, 0, 0, 0, "GROUP_NORM"},
+    {27, 5, 5, 3, 3, 0, 0, 0, 0, "GROUP_NORM_GRAD"},
+    {28, 2, 2, 2, 2, 1, 0, 0, 0, "RMS_NORM"},
+    {29, 4, 4, 2, 2, 0, 0, 0, 0, "RMS_NORM_GRAD"},
     {30, 1, 1, 1, 1, 1, 0, 0, 1, "UNARY"},
     {31, 2, 2, 1, 1, 1, 0, 0, 3, "UNARY_GRAD"},
     {32, 2, 2, 1, 1, 0, 0, 0, 3, "ADD"},
@@ -146,6 +161,9 @@ inline constexpr Signature kSignatures[] = {
     {39, 1, 1, 2, 2, 2, 0, 0, 1, "DROPOUT"},
     {40, 2, 2, 1, 1, 1, 0, 0, 1, "DROPOUT_GRAD"},
     {41, 0, 0, 1, 1, 1, 0, 0, 0, "FILL"},
+    {42, 2, 2, 1, 1, 0, 0, 0, 3, "MAXIMUM"},
+    {43, 2, 2, 1, 1, 0, 0, 0, 3, "MINIMUM"},
+    {45, 2, 2, 1, 1, 1, 0, 0, 3, "STEP"},
     {44, 3, 3, 0, 0, 1, 0, 1, 0, "LINEAR_UPDATE"},
     {50, 1, 1, 1, 1, 6, 0, 0, 0, "TRANSPOSE"},
     {51, 1, 1, 1, 1, 1, 1, 0, 0, "CONCAT"},

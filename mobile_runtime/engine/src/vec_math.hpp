@@ -1,8 +1,8 @@
 // Vectorised elementary functions, without libm: the same code on x86, ARM and WebAssembly.
 //
 // Relative errors against float64: exponential 1e-7 (down to the smallest normal number), sigmoid, hyperbolic_tangent,
-// bell and log1p_of_unit 2e-7, normal_upper_tail 5e-7; tests/mobile_runtime/test_kernels_elementwise.py holds them. NaN
-// gives NaN. The coefficients are our own relative minimax fits.
+// bell, log1p_of_unit and logarithm 2e-7, normal_upper_tail 5e-7; tests/mobile_runtime/test_kernels_elementwise.py
+// holds them. NaN gives NaN. The coefficients are our own relative minimax fits.
 #pragma once
 
 #include "vec.hpp"
@@ -88,6 +88,20 @@ EVENSONG_INLINE Floats log1p_of_unit(Floats x) {
     tail = 1.999944153e-01f + z * tail;
     tail = 3.333333777e-01f + z * tail;
     return 2.0f * (s + s * z * tail);
+}
+
+// log x: -infinity at zero, NaN below. x = 2^n m with sqrt(1/2) <= m < sqrt 2.
+EVENSONG_INLINE Floats logarithm(Floats x) {
+    const Ints tiny = x < 0x1p-126f;  // not a normal number: bring it among them
+    const Floats normal = tiny ? x * 0x1p23f : x;
+    const Ints n = (Ints(normal) - 0x3f3504f3) >> 23;  // 0x3f3504f3: sqrt(1/2)
+    const Floats m = Floats(Ints(normal) - (n << 23));
+    const Floats exponent = __builtin_convertvector(n, Floats) - (tiny ? splat(23.0f) : Floats{});
+    // As reduce_exponent() splits ln 2; log1p_of_unit() holds below zero as well, down to sqrt(1/2) - 1.
+    const Floats y = exponent * 0.693359375f + (log1p_of_unit(m - 1.0f) - exponent * 2.12194440e-4f);
+    const Floats infinity = splat(__builtin_inff());
+    const Floats below = x == 0.0f ? -infinity : splat(__builtin_nanf(""));
+    return x > 0.0f ? (x < infinity ? y : x) : below;
 }
 
 }  // namespace EVENSONG_ISA

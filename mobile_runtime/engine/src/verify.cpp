@@ -100,6 +100,10 @@ const char* check_layer_norm(const Context& c) {
     return fits ? nullptr : "its rows do not fit gamma";
 }
 
+const char* check_group_norm(const Context& c) {
+    return c['C'] % c['G'] == 0 ? nullptr : "its groups do not divide its channels";
+}
+
 const char* check_reduce(const Context& c) {
     uint64_t axis = uint64_t(c.attribute(0)), inner = uint64_t(c.attribute(1));
     if (!axis || !inner || c['R'] % inner || c['N'] != c['R'] * axis) return "its axis does not fit";
@@ -289,6 +293,8 @@ uint64_t recurrent_grad_workspace(const Context& c) {
     return 4 * workspace::recurrent_grad_elements(c['N'], c['G'], c['H']);
 }
 
+uint64_t group_norm_workspace(const Context& c) { return 4 * workspace::kChannelSums * c['C']; }
+
 bool is_depthwise(const Context& c) { return c['D'] == 1 && uint64_t(c.attribute(6)) == c['O']; }
 
 uint64_t patches_and_weights(uint64_t depth, uint64_t pixels, uint64_t columns) {
@@ -372,6 +378,10 @@ constexpr Rule kRules[] = {
     {op::BATCH_NORM_EVAL_GRAD, "f*MC f*MC fC fC fC > f*MC fC? fC? | f"},
     {op::LAYER_NORM, "f#N f#G f#G > f#N f#R f#R | f", check_layer_norm},
     {op::LAYER_NORM_GRAD, "f#N f#N f#G f#R f#R > f#N f#G f#G", check_layer_norm},
+    {op::GROUP_NORM, "fNLC fC fC > fNLC fNG fNG | f", check_group_norm, "", group_norm_workspace},
+    {op::GROUP_NORM_GRAD, "fNLC fNLC fC fNG fNG > fNLC fC fC", check_group_norm, "", group_norm_workspace},
+    {op::RMS_NORM, "f#N f#G > f#N f#R | f", check_layer_norm},
+    {op::RMS_NORM_GRAD, "f#N f#N f#G f#R > f#N f#G", check_layer_norm},
     {op::UNARY, "f#N > f#N | k"},
     {op::UNARY_GRAD, "f#N f#N > f#N | k"},
     {op::ADD, "f#N f#R > f#N", check_row},
@@ -384,6 +394,9 @@ constexpr Rule kRules[] = {
     {op::DROPOUT, "f#N > f#N u#N | f.", check_probability},
     {op::DROPOUT_GRAD, "f#N u#N > f#N | f", check_probability},
     {op::FILL, "> f#N | f"},
+    {op::MAXIMUM, "f#N f#R > f#N", check_row},
+    {op::MINIMUM, "f#N f#R > f#N", check_row},
+    {op::STEP, "f#N f#R > f#N | f", check_row},
     {op::TRANSPOSE, "x#N > x#N | ......", check_transpose},
     {op::CONCAT, "x#A > x#N | n", check_concat},
     {op::SLICE, "x#A > x#N | nn", check_slice},
@@ -523,7 +536,7 @@ bool attribute_fits(char kind, Attribute attribute) {
         case 'a':
             return i >= activation::NONE && i <= activation::RELU6;
         case 'k':
-            return i > activation::NONE && i <= activation::SILU;
+            return i > activation::NONE && i <= activation::RECIPROCAL;
         case 'f':
             return __builtin_isfinite(attribute.f);
         default:

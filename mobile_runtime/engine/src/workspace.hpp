@@ -21,6 +21,8 @@ constexpr uint64_t kDotSequences = 4;     // a recurrent layer with at most this
 constexpr uint64_t kSparseRows = 32;      // rows of x that a product with a sparse dy takes at a time
 constexpr uint64_t kSparseColumns = 256;  // columns of x, and of dy
 
+constexpr uint64_t kChannelSums = 4;  // numbers for each channel that a group norm keeps
+
 constexpr uint64_t kInt8Weights = 64 * 1024;  // weights of one packed block of an int8 product, if one panel fits
 constexpr uint64_t kInt8Rows = 8;             // rows of patches that the int8 product takes at a time
 constexpr uint64_t kInt8Slack = 192;          // bytes that whole vectors may run over the last row

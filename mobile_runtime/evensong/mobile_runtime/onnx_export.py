@@ -236,6 +236,64 @@ def _layer_norm(g: Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], g.node("LayerNormalization", *inputs, epsilon=a["eps"], axis=-1))
 
 
+def _conv2d_transposed(g: Exporter, op: Op, a: Attributes) -> None:
+    weight = _array(g, op.inputs[1]).transpose(0, 3, 1, 2)
+    kernel, stride, dilation = weight.shape[2:], (a["stride_h"], a["stride_w"]), (a["dilation_h"], a["dilation_w"])
+    image, before = _channels_first(g, g.read(op.inputs[0])), (a["pad_top"], a["pad_left"])
+    inputs, outputs = (g.program.tensors[index].dims[1:3] for index in (op.inputs[0], op.outputs[0]))
+    full = [(inputs[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] + 1 for i in (0, 1)]
+    # What is missing at the end is output_padding where the stride allows it; more than that is never written.
+    after = [full[i] - before[i] - outputs[i] for i in (0, 1)]
+    image = g.node(
+        "ConvTranspose",
+        image,
+        g.constant(weight),
+        strides=stride,
+        dilations=dilation,
+        group=a["groups"],
+        kernel_shape=kernel,
+        pads=[*before, *(max(end, 0) for end in after)],
+        output_padding=[max(-end, 0) for end in after],
+    )
+    g.write(op.outputs[0], _channels_last(g, image))
+
+
+def _group_norm(g: Exporter, op: Op, a: Attributes) -> None:
+    """As an instance norm of ``[n, groups, rows * channels of a group]``, then gamma and beta."""
+    x, gamma, beta = op.inputs
+    _, length, channels = g.program.tensors[x].dims
+    groups = g.program.tensors[op.outputs[1]].dims[1]
+    split = g.node("Transpose", g.read(x, [-1, length, groups, channels // groups]), perm=[0, 2, 1, 3])
+    one, zero = g.constant(np.ones(groups)), g.constant(np.zeros(groups))
+    flat = g.reshaped(split, [-1, groups, length * channels // groups])
+    normal = g.node("InstanceNormalization", flat, one, zero, epsilon=a["eps"])
+    back = g.node("Transpose", g.reshaped(normal, [-1, groups, length, channels // groups]), perm=[0, 2, 1, 3])
+    scaled = g.node("Mul", g.reshaped(back, [-1, channels]), g.read(gamma))
+    g.write(op.outputs[0], g.node("Add", scaled, g.read(beta)))
+
+
+def _rms_norm(g: Exporter, op: Op, a: Attributes) -> None:
+    x, gamma = op.inputs
+    size = g.program.tensors[gamma].elements
+    rows = g.read(x, [-1, size])
+    squares = g.node("ReduceMean", g.node("Mul", rows, rows), g.constant([1], np.int64))
+    root = g.node("Sqrt", g.node("Add", squares, g.constant(a["eps"])))
+    g.write(op.outputs[0], g.node("Mul", g.node("Div", rows, root), g.read(gamma, [size])))
+
+
+def _step(g: Exporter, op: Op, a: Attributes) -> None:
+    """``at_equal (a >= b) + (1 - at_equal) (a > b)``."""
+    from onnx import TensorProto
+
+    size = g.program.tensors[op.inputs[1]].elements
+    operands = g.read(op.inputs[0], [-1, size]), g.read(op.inputs[1], [-1, size])
+    parts = []
+    for kind, factor in (("GreaterOrEqual", a["at_equal"]), ("Greater", 1 - a["at_equal"])):
+        truth = g.node("Cast", g.node(kind, *operands), to=TensorProto.FLOAT)
+        parts.append(g.node("Mul", truth, g.constant(factor)))
+    g.write(op.outputs[0], g.node("Add", *parts))
+
+
 def _unary(g: Exporter, op: Op, a: Attributes) -> None:
     g.write(op.outputs[0], _activated(g, g.read(op.inputs[0]), a["kind"]))
 
@@ -403,8 +461,8 @@ def _activated(g: Exporter, y: str, kind: int) -> str:
         case Activation.SILU:
             return g.node("Mul", y, g.node("Sigmoid", y))
         case other:
-            names = {Activation.RELU: "Relu", Activation.HARDSWISH: "HardSwish", Activation.SIGMOID: "Sigmoid"}
-            return g.node({**names, Activation.TANH: "Tanh"}[other], y)
+            names = {Activation.HARDSWISH: "HardSwish"}
+            return g.node(names.get(other, other.name.capitalize()), y)
 
 
 def _array(g: Exporter, index: int) -> Array:
@@ -452,10 +510,16 @@ _RULES: Mapping[str, Rule] = {
     "AVG_POOL2D": _avg_pool,
     "BATCH_NORM_EVAL": _batch_norm_eval,
     "LAYER_NORM": _layer_norm,
+    "GROUP_NORM": _group_norm,
+    "RMS_NORM": _rms_norm,
+    "CONV2D_GRAD_INPUT": _conv2d_transposed,
     "UNARY": _unary,
     "ADD": _binary("Add"),
     "SUB": _binary("Sub"),
     "MUL": _binary("Mul"),
+    "MAXIMUM": _binary("Max"),
+    "MINIMUM": _binary("Min"),
+    "STEP": _step,
     "SCALE": _scale,
     "REDUCE_MEAN": _reduce_mean,
     "REDUCE_MEAN_GRAD": _spread,

@@ -31,11 +31,19 @@ def unary(call: Call, x: Array, *, kind: int) -> Array:
             return np.tanh(x)
         case Activation.SILU:
             return x * sigmoid(x)
+        case Activation.EXP:
+            return np.exp(x)
+        case Activation.LOG:
+            return np.log(x)
+        case Activation.SQRT:
+            return np.sqrt(x)
+        case Activation.RECIPROCAL:
+            return 1 / x
     raise AssertionError(kind)  # the verifier refuses every other kind
 
 
 def unary_grad(call: Call, dy: Array, s: Array, *, kind: int) -> Array:
-    """``s`` is the forward output for RELU, RELU6, SIGMOID and TANH, else the forward input."""
+    """``s`` is the forward output where ``Activation.gradient_reads_output``, else the forward input."""
     match kind:
         case Activation.RELU:
             return np.where(s > 0, dy, np.float32(0))
@@ -58,6 +66,14 @@ def unary_grad(call: Call, dy: Array, s: Array, *, kind: int) -> Array:
         case Activation.SILU:
             p = sigmoid(s)
             return dy * p * (1 + s * (1 - p))
+        case Activation.EXP:
+            return dy * s
+        case Activation.LOG:
+            return dy / s
+        case Activation.SQRT:
+            return dy / (2 * s)
+        case Activation.RECIPROCAL:
+            return -dy * s * s
     raise AssertionError(kind)
 
 
@@ -86,6 +102,18 @@ def sub(call: Call, a: Array, b: Array) -> Array:
 
 def mul(call: Call, a: Array, b: Array) -> Array:
     return a * row(b, a)
+
+
+def maximum(call: Call, a: Array, b: Array) -> Array:
+    return np.maximum(a, row(b, a))
+
+
+def minimum(call: Call, a: Array, b: Array) -> Array:
+    return np.minimum(a, row(b, a))
+
+
+def step(call: Call, a: Array, b: Array, *, at_equal: float) -> Array:
+    return np.select([a > row(b, a), a == row(b, a)], [np.float32(1), np.float32(at_equal)], np.float32(0))
 
 
 def row(b: Array, a: Array) -> Array:
@@ -133,6 +161,9 @@ KERNELS: dict[str, Kernel] = {
     "ADD": add,
     "SUB": sub,
     "MUL": mul,
+    "MAXIMUM": maximum,
+    "MINIMUM": minimum,
+    "STEP": step,
     "SCALE": scale,
     "SUM_ROWS": sum_rows,
     "REDUCE_MEAN": reduce_mean,

@@ -120,7 +120,7 @@ _ATTRIBUTES: dict[str, Callable[[float], bool]] = {
     "b": lambda value: value in (0, 1),
     "q": lambda value: -128 <= value <= 127,
     "a": lambda value: Activation.NONE <= value <= Activation.RELU6,
-    "k": lambda value: Activation.NONE < value <= Activation.SILU,
+    "k": lambda value: Activation.NONE < value <= Activation.RECIPROCAL,
     "f": math.isfinite,
 }
 
@@ -187,6 +187,10 @@ def _recurrent(view: OpView) -> str | None:
 def _layer_norm(view: OpView) -> str | None:
     fits = view["N"] == view["R"] * view["G"] and view.batched("N") == view.batched("R") and not view.batched("G")
     return None if fits else "its rows do not fit gamma"
+
+
+def _group_norm(view: OpView) -> str | None:
+    return None if view["C"] % view["G"] == 0 else "its groups do not divide its channels"
 
 
 def _reduce(view: OpView) -> str | None:
@@ -361,9 +365,16 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
     **dict.fromkeys(("GRU", "GRU_GRAD", "LSTM", "LSTM_GRAD"), _recurrent),
     "LAYER_NORM": _layer_norm,
     "LAYER_NORM_GRAD": _layer_norm,
+    "GROUP_NORM": _group_norm,
+    "GROUP_NORM_GRAD": _group_norm,
+    "RMS_NORM": _layer_norm,
+    "RMS_NORM_GRAD": _layer_norm,
     "ADD": _row,
     "SUB": _row,
     "MUL": _row,
+    "MAXIMUM": _row,
+    "MINIMUM": _row,
+    "STEP": _row,
     "SUM_ROWS": _row,
     "REDUCE_MEAN": _reduce,
     "REDUCE_MEAN_GRAD": _reduce,

@@ -66,11 +66,21 @@ class Activation(enum.IntEnum):
     SIGMOID = 6
     TANH = 7
     SILU = 8
+    EXP = 9
+    LOG = 10  # -inf at 0, NaN below
+    SQRT = 11
+    RECIPROCAL = 12
 
     @property
     def gradient_reads_output(self) -> bool:
         """Whether UNARY_GRAD takes the forward output (else the forward input) as its second operand."""
-        return self in (Activation.RELU, Activation.RELU6, Activation.SIGMOID, Activation.TANH)
+        return self not in (
+            Activation.HARDSWISH,
+            Activation.GELU,
+            Activation.GELU_TANH,
+            Activation.SILU,
+            Activation.LOG,
+        )
 
 
 class Split(enum.IntEnum):
@@ -163,9 +173,13 @@ OPS: dict[str, OpSpec] = {
     "BATCH_NORM_EVAL_GRAD": _spec(23, "dy x gamma mean var", "dx dgamma? dbeta?", "eps:f", doc="gradient with the statistics held constant"),
     "LAYER_NORM": _spec(24, "x gamma beta", "y mean rstd", "eps:f", doc="per row over the last len(gamma) elements; mean and rstd have one entry a row"),
     "LAYER_NORM_GRAD": _spec(25, "dy x gamma mean rstd", "dx dgamma dbeta", doc="gradient of LAYER_NORM"),
+    "GROUP_NORM": _spec(26, "x gamma beta", "y mean rstd", "eps:f", doc="per example, over its rows and over each of G groups of channels; mean and rstd [N, G]"),
+    "GROUP_NORM_GRAD": _spec(27, "dy x gamma mean rstd", "dx dgamma dbeta", doc="gradient of GROUP_NORM"),
+    "RMS_NORM": _spec(28, "x gamma", "y rstd", "eps:f", doc="y = x gamma / sqrt(mean of x^2 + eps), per row over the last len(gamma) elements"),
+    "RMS_NORM_GRAD": _spec(29, "dy x gamma rstd", "dx dgamma", doc="gradient of RMS_NORM"),
     # --- element-wise, float32
     "UNARY": _spec(30, "x", "y", "kind:i", inplace=[(0, 0)], doc="y = f(x), f an Activation other than NONE"),
-    "UNARY_GRAD": _spec(31, "dy s", "dx", "kind:i", inplace=[(0, 0), (1, 0)], doc="dx = dy f'; s is y where Activation.gradient_reads_output, else x; RELU6 passes 0 < y < 6"),
+    "UNARY_GRAD": _spec(31, "dy s", "dx", "kind:i", inplace=[(0, 0), (1, 0)], doc="dx = dy f'; s is x for HARDSWISH, GELU, GELU_TANH, SILU and LOG, else y; RELU6 passes 0 < y < 6"),
     "ADD": _spec(32, "a b", "y", inplace=[(0, 0), (1, 0)], doc="y = a + b; b may be shorter, then b[i % len(b)] (a row)"),
     "SUB": _spec(33, "a b", "y", inplace=[(0, 0), (1, 0)], doc="y = a - b; b may be a row"),
     "MUL": _spec(34, "a b", "y", inplace=[(0, 0), (1, 0)], doc="y = a * b; b may be a row"),
@@ -176,6 +190,9 @@ OPS: dict[str, OpSpec] = {
     "DROPOUT": _spec(39, "x", "y mask", "p:f stream:i", inplace=[(0, 0)], doc="mask u8; keep if u >= p, y = x / (1 - p); u from Philox4x32-10, see docs/artifact.md"),
     "DROPOUT_GRAD": _spec(40, "dy mask", "dx", "p:f", inplace=[(0, 0)], doc="dx = mask ? dy / (1 - p) : 0"),
     "FILL": _spec(41, "", "y", "value:f", doc="y[i] = value"),
+    "MAXIMUM": _spec(42, "a b", "y", inplace=[(0, 0), (1, 0)], doc="the larger, NaN if either is; b may be a row"),
+    "MINIMUM": _spec(43, "a b", "y", inplace=[(0, 0), (1, 0)], doc="the smaller, NaN if either is; b may be a row"),
+    "STEP": _spec(45, "a b", "y", "at_equal:f", inplace=[(0, 0), (1, 0)], doc="y = 1 where a > b, at_equal where a = b, else 0; b may be a row"),
     # --- weight gradient and plain SGD in one: the gradient of a large layer needs no memory
     "LINEAR_UPDATE": _spec(44, "w dy x", "", "weight_decay:f", updates=(0,), doc="an optimiser: w -= lr (dy^T x + weight_decay w), LINEAR_GRAD_WEIGHT and SGD in one"),
     # --- movement, any dtype

@@ -23,6 +23,7 @@ SEQUENCES = 48  #: examples that a recurrent layer takes at a time
 DOT_SEQUENCES = 4  #: a recurrent layer with at most this many reads its weight in place
 SPARSE_ROWS = 32  #: rows of x that a product with a sparse dy takes at a time
 SPARSE_COLUMNS = 256  #: columns of x, and of dy
+CHANNEL_SUMS = 4  #: numbers for each channel that a group norm keeps
 INT8_WEIGHTS = 64 * 1024  #: weights of one packed block of an int8 product, if at least one panel fits
 INT8_ROWS = 8  #: rows of patches that the int8 product takes at a time
 GRADIENT_PIXELS = 64  #: pixels that a step of int8 weights sums at a time
@@ -67,6 +68,8 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
             return _F32 * recurrent_elements(operands[0].dims[0], *operands[1].dims)
         case "GRU_GRAD" | "LSTM_GRAD":
             return _F32 * recurrent_grad_elements(operands[0].dims[0], *operands[3].dims)
+        case "GROUP_NORM" | "GROUP_NORM_GRAD":
+            return _F32 * CHANNEL_SUMS * operands[0].dims[-1]
         case "QLINEAR":
             columns, depth = operands[1].dims
             return int8_product_bytes(depth, columns)

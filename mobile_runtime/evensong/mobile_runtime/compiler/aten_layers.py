@@ -94,6 +94,62 @@ def conv1d(
     return as_image(b, x, lambda picture: conv2d(b, picture, as_picture(b, weight), bias, steps, line, gaps, groups))
 
 
+def conv_transpose2d(
+    b: Builder,
+    x: View,
+    weight: View,
+    bias: View | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> View:
+    """``torch.nn.functional.conv_transpose2d``, the gradient of a convolution: x [N, I, H, W], weight [I, O / groups,
+    KH, KW]. ``output_padding`` shows in the shape of the result only.
+    """
+    require(len(x.shape) == 4, "a convolution without a batch axis", expected="4 axes", got=len(x.shape))
+    require(not weight.value.batched, "a convolution whose weight is computed from the examples")
+    (stride_h, stride_w), (dilation_h, dilation_w) = pair(stride), pair(dilation)
+    pad_top, pad_left = pair(padding)
+    operands = [b.arrange(x, NHWC), b.arrange(weight, NHWC)]
+    _, channels, height, width = b.shape
+    result = b.emit(
+        "CONV2D_GRAD_INPUT",
+        operands,
+        (operands[0].dims[0], height, width, channels),
+        stride_h=stride_h,
+        stride_w=stride_w,
+        pad_top=pad_top,
+        pad_left=pad_left,
+        dilation_h=dilation_h,
+        dilation_w=dilation_w,
+        groups=groups,
+    )
+    if bias is not None:
+        result = b.emit("ADD", [result, b.arrange(bias, (0,))], result.dims)
+    return View(result, b.shape, NHWC)
+
+
+def conv_transpose1d(
+    b: Builder,
+    x: View,
+    weight: View,
+    bias: View | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> View:
+    """``torch.nn.functional.conv_transpose1d``: x [N, I, L], weight [I, O / groups, K]; an image of height 1."""
+    require(len(x.shape) == 3, "a convolution without a batch axis", expected="3 axes", got=len(x.shape))
+    steps, pads, gaps = (1, single(stride)), (0, single(padding)), (1, single(dilation))
+    return as_image(
+        b, x, lambda picture: conv_transpose2d(b, picture, as_picture(b, weight), bias, steps, pads, 0, groups, gaps)
+    )
+
+
 # ----------------------------------------------------------------------------------- normalisation, dropout, embedding
 
 
@@ -241,6 +297,8 @@ TABLE: dict[str, Callable[..., Any]] = {
     "aten.conv1d.padding": conv1d,
     "aten.conv2d.default": conv2d,
     "aten.conv2d.padding": conv2d,
+    "aten.conv_transpose1d.default": conv_transpose1d,
+    "aten.conv_transpose2d.input": conv_transpose2d,
     "aten.batch_norm.default": batch_norm,
     "aten.layer_norm.default": layer_norm,
     "aten.dropout.default": dropout,

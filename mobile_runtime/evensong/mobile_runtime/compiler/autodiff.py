@@ -102,6 +102,16 @@ def _weighted(g: Backward, node: Node, op: str, attrs: dict[str, int | float]) -
         g.accumulate(x, g.emit(f"{op}_GRAD_INPUT", [dy, w], x, **attrs))
 
 
+def _conv2d_transposed(g: Backward, node: Node) -> None:
+    """CONV2D_GRAD_INPUT in a forward pass: what was its gradient is its input, and the other way round."""
+    x, w = node.inputs
+    dy = g.of(node.outputs[0])
+    if g.wants(w):
+        g.accumulate(w, g.emit("CONV2D_GRAD_WEIGHT", [x, dy], w, **node.attrs))
+    if g.wants(x):
+        g.accumulate(x, g.emit("CONV2D", [dy, w], x, **node.attrs, activation=Activation.NONE))
+
+
 def _max_pool(g: Backward, node: Node) -> None:
     (x,), y = node.inputs, node.outputs[0]
     if len(node.outputs) == 1:
@@ -134,12 +144,13 @@ def _batch_norm_eval(g: Backward, node: Node) -> None:
     _accumulate_wanted(g, [x, gamma, beta], outputs)
 
 
-def _layer_norm(g: Backward, node: Node) -> None:
-    x, gamma, beta = node.inputs
-    y, mean, rstd = node.outputs
-    outputs = [g.fresh(x), g.fresh(gamma), g.fresh(beta)]
-    g.graph.add("LAYER_NORM_GRAD", [g.of(y), x, gamma, mean, rstd], outputs, g.place)
-    _accumulate_wanted(g, [x, gamma, beta], outputs)
+def _norm(g: Backward, node: Node) -> None:
+    """Layer, group and RMS norm: the gradient reads the statistics that the forward pass has written."""
+    x, gamma, *_ = node.inputs
+    y, *statistics = node.outputs
+    outputs = [g.fresh(value) for value in node.inputs]
+    g.graph.add(f"{node.op}_GRAD", [g.of(y), x, gamma, *statistics], outputs, g.place)
+    _accumulate_wanted(g, node.inputs, outputs)
 
 
 def _recurrent(g: Backward, node: Node) -> None:
@@ -192,6 +203,21 @@ def _mul(g: Backward, node: Node) -> None:
         g.accumulate(a, g.emit("MUL", [dy, b], a))
     if g.wants(b):
         g.accumulate(b, _to_row(g, g.emit("MUL", [dy, a], a), b))
+
+
+def _extremum(g: Backward, node: Node) -> None:
+    """The gradient goes to the operand that was chosen; to half to each where both are equal, but wholly to one that is
+    compared with a constant (``clamp``)."""
+    a, b = node.inputs
+    dy = g.of(node.outputs[0])
+    share = (1.0 + g.wants(a) - g.wants(b)) / 2  # of a, where both are equal
+    largest = node.op == "MAXIMUM"
+    is_larger = g.emit("STEP", [a, b], a, at_equal=share if largest else 1 - share)
+    is_other = g.emit("SCALE", [is_larger], a, alpha=-1.0, beta=1.0)
+    if g.wants(a):
+        g.accumulate(a, g.emit("MUL", [dy, is_larger if largest else is_other], a))
+    if g.wants(b):
+        g.accumulate(b, _to_row(g, g.emit("MUL", [dy, is_other if largest else is_larger], a), b))
 
 
 def _to_row(g: Backward, gradient: Value, operand: Value) -> Value:
@@ -277,17 +303,22 @@ def _crop(g: Backward, node: Node) -> None:
 RULES: Mapping[str, Callable[[Backward, Node], None]] = {
     "LINEAR": _linear,
     "CONV2D": _conv2d,
+    "CONV2D_GRAD_INPUT": _conv2d_transposed,
     "MAX_POOL2D": _max_pool,
     "AVG_POOL2D": _avg_pool,
     "BATCH_NORM_TRAIN": _batch_norm_train,
     "BATCH_NORM_EVAL": _batch_norm_eval,
-    "LAYER_NORM": _layer_norm,
+    "LAYER_NORM": _norm,
+    "GROUP_NORM": _norm,
+    "RMS_NORM": _norm,
     "GRU": _recurrent,
     "LSTM": _recurrent,
     "UNARY": _unary,
     "ADD": _add,
     "SUB": _sub,
     "MUL": _mul,
+    "MAXIMUM": _extremum,
+    "MINIMUM": _extremum,
     "SCALE": _scale,
     "REDUCE_MEAN": _reduce_mean,
     "REDUCE_MEAN_GRAD": _spread,

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from evensong.mobile_runtime.compiler import (
+    aten_arithmetic,
     aten_input,
     aten_layers,
+    aten_norms,
     aten_pointwise,
     aten_recurrent,
     aten_shapes,
@@ -29,9 +31,11 @@ Lowering = Callable[..., Any]
 #: How each ATen call becomes engine operations. The arguments are those of the ATen schema, with views for tensors.
 TABLE: Mapping[str, Lowering] = {
     **aten_layers.TABLE,
+    **aten_norms.TABLE,
     **aten_recurrent.TABLE,
     **aten_windows.TABLE,
     **aten_pointwise.TABLE,
+    **aten_arithmetic.TABLE,
     **aten_shapes.TABLE,
     **aten_input.TABLE,
 }
@@ -155,7 +159,7 @@ def _resolve(known: Any, weights: Weights) -> Any:
     if isinstance(known, Persistent):
         return weights.view(known.name)
     if isinstance(known, torch.Tensor):
-        data = as_array(known, "a constant computed in forward()")
+        data = as_array(known, "a constant computed in forward()", is_mask=True)
         return canonical(constant(data, "constant"), data.shape)
     return known
 

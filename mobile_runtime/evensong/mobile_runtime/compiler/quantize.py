@@ -18,6 +18,7 @@ from evensong.mobile_runtime.compiler.calibrate import Calibrator, Quantization
 from evensong.mobile_runtime.compiler.equalize import equalize
 from evensong.mobile_runtime.compiler.interpret import Interpreter
 from evensong.mobile_runtime.compiler.ir import Data, Graph, Node, Value, constant
+from evensong.mobile_runtime.compiler.subpixel import as_subpixel_convolutions
 from evensong.mobile_runtime.twin import KERNELS
 from evensong.mobile_runtime.twin_call import Call, Clock
 from evensong.wire.program import Activation, DType, Region, Tensor
@@ -29,6 +30,7 @@ def quantize_frozen(graph: Graph, calibrator: Calibrator, trainable: set[Value])
     """Rewrites the nodes of ``graph`` that nothing in ``trainable`` (root values) reaches."""
     frozen = _frozen_nodes(graph, trainable)
     _drop_frozen_dropout(graph, frozen)
+    frozen = as_subpixel_convolutions(graph, frozen)
     settings = calibrator.settings
     if settings.equalize is True or (settings.equalize == "auto" and _gains_by_equalizing(graph, calibrator, frozen)):
         equalize(graph, frozen)
@@ -363,7 +365,8 @@ def _limits(y: Value, activation: Activation) -> tuple[int, int]:
 
 
 def _stored(reals: npt.NDArray[np.float64], y: Value) -> Value:
-    table = np.clip(np.rint(reals / y.scale) + y.zero_point, -128, 127).astype(np.int8)
+    known = np.nan_to_num(reals / y.scale)  # a function may not be defined for all inputs that a byte can tell
+    table = np.clip(np.rint(known) + y.zero_point, -128, 127).astype(np.int8)
     return constant(table, "table")
 
 

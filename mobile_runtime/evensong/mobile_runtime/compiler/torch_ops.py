@@ -99,6 +99,36 @@ def _layer_norm(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
     return F.layer_norm(rows, (gamma.numel(),), gamma.reshape(-1), beta.reshape(-1), float(node.attrs["eps"]))
 
 
+def _conv2d_transposed(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    x, w = operands
+    attrs = {name: int(value) for name, value in node.attrs.items()}
+    stride, dilation = (attrs["stride_h"], attrs["stride_w"]), (attrs["dilation_h"], attrs["dilation_w"])
+    padding = attrs["pad_top"], attrs["pad_left"]
+    image, weight = x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2)
+    full = F.conv_transpose2d(image, weight, None, stride, 0, 0, attrs["groups"], dilation)
+    missing = [shape[2 - axis] + padding[1 - axis] - full.shape[3 - axis] for axis in (0, 1)]
+    whole = F.pad(full, (0, missing[0], 0, missing[1]))  # negative where the result ends before the last window
+    return whole[:, :, padding[0] :, padding[1] :].permute(0, 2, 3, 1)
+
+
+def _group_norm(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    x, gamma, beta = operands
+    groups = node.outputs[1].dims[1]
+    return F.group_norm(x.permute(0, 2, 1), groups, gamma, beta, float(node.attrs["eps"])).permute(0, 2, 1)
+
+
+def _rms_norm(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    x, gamma = operands
+    rows = x.reshape(-1, gamma.numel())
+    return F.rms_norm(rows, (gamma.numel(),), gamma.reshape(-1), float(node.attrs["eps"]))
+
+
+def _step(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    a, b = operands
+    rows, row = a.reshape(-1, b.numel()), b.reshape(1, -1)
+    return (rows > row).to(a.dtype) + (rows == row).to(a.dtype) * node.attrs["at_equal"]
+
+
 def _recurrent(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
     gx, w, b = operands
     layer: Any = torch.gru if node.op == "GRU" else torch.lstm
@@ -161,12 +191,18 @@ TABLE: Mapping[str, TorchOp] = {
     "AVG_POOL2D": _avg_pool2d,
     "BATCH_NORM_EVAL": _batch_norm_eval,
     "LAYER_NORM": _layer_norm,
+    "GROUP_NORM": _group_norm,
+    "RMS_NORM": _rms_norm,
+    "CONV2D_GRAD_INPUT": _conv2d_transposed,
     "GRU": _recurrent,
     "LSTM": _recurrent,
     "UNARY": lambda node, operands, shape: activate(operands[0], node.attrs["kind"]),
     "ADD": _binary(torch.add),
     "SUB": _binary(torch.sub),
     "MUL": _binary(torch.mul),
+    "MAXIMUM": _binary(torch.maximum),
+    "MINIMUM": _binary(torch.minimum),
+    "STEP": _step,
     "SCALE": lambda node, operands, shape: operands[0] * node.attrs["alpha"] + node.attrs["beta"],
     "REDUCE_MEAN": _reduce_mean,
     "REDUCE_MEAN_GRAD": _spread,
@@ -192,6 +228,10 @@ _ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.SIGMOID: torch.sigmoid,
     Activation.TANH: torch.tanh,
     Activation.SILU: F.silu,
+    Activation.EXP: torch.exp,
+    Activation.LOG: torch.log,
+    Activation.SQRT: torch.sqrt,
+    Activation.RECIPROCAL: torch.reciprocal,
 }
 
 

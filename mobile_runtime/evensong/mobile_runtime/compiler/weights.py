@@ -15,8 +15,18 @@ from evensong.mobile_runtime.compiler.layout import View
 from evensong.mobile_runtime.errors import CompileError
 from evensong.wire.program import DType, Region, VariableFlag
 
+#: What stands for infinity in a mask: far from every score, and sums of it with one stay finite.
+FAR = float(np.finfo(np.float32).max) / 4
+
 _CHANNELS_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}
-_CONVOLUTIONS = ("aten.conv1d.default", "aten.conv1d.padding", "aten.conv2d.default", "aten.conv2d.padding")
+_CONVOLUTIONS = (
+    "aten.conv1d.default",
+    "aten.conv1d.padding",
+    "aten.conv2d.default",
+    "aten.conv2d.padding",
+    "aten.conv_transpose1d.default",
+    "aten.conv_transpose2d.input",
+)
 _MATMULS = ("aten.matmul.default", "aten.mm.default")
 
 
@@ -28,6 +38,7 @@ class Weights:
         self.flags: dict[Value, VariableFlag] = {}
         self.order: dict[Value, tuple[int, ...]] = {}
         self._tensors = {**trace.constants, **dict(model.named_buffers()), **dict(model.named_parameters())}
+        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._first_names = _first_names(model)
         self._orders = {self.first_name(name): order for name, order in _first_orders(trace).items()}
         self._views: dict[str, View] = {}
@@ -40,7 +51,7 @@ class Weights:
         """The author's view of a persistent tensor: STATE if it is trainable, else CONST."""
         name = self.first_name(name)
         if name not in self._views:
-            data = as_array(self._tensors[name], name)
+            data = as_array(self._tensors[name], name, is_mask=name not in self._parameters)
             order = self._orders.get(name, tuple(range(data.ndim)))
             region = Region.STATE if name in self.trainable else Region.CONST
             content = np.ascontiguousarray(data.transpose(order))
@@ -77,14 +88,19 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return {name: names.setdefault(id(tensor), name) for name, tensor in tensors}
 
 
-def as_array(tensor: torch.Tensor, name: str) -> Data:
-    """``tensor`` as a float32 or int32 array of its own; ``name`` is for the message when it cannot be one."""
+def as_array(tensor: torch.Tensor, name: str, *, is_mask: bool = False) -> Data:
+    """``tensor`` as a float32 or int32 array of its own; ``name`` is for the message when it cannot be one.
+
+    What may be a mask may hold infinite numbers: they become :data:`FAR`.
+    """
     tensor = tensor.detach().cpu()
     if tensor.dtype in (torch.int64, torch.int32, torch.bool):
         return tensor.numpy().astype(np.int32)
     if not tensor.dtype.is_floating_point:
         raise CompileError(f"{name} has an unknown dtype", expected="float32 or an integer", got=str(tensor.dtype))
     data = tensor.to(torch.float32).numpy()
+    if is_mask and not np.isnan(data).any():
+        data = np.clip(data, -FAR, FAR)
     if not np.isfinite(data).all():
         raise CompileError(f"{name} is not finite", fix="Initialise the model before compiling it.")
     return data.copy()
