@@ -13,7 +13,7 @@ from program_builder import ProgramBuilder, classifier
 
 from evensong.mobile_runtime import ProgramError
 from evensong.wire.artifact import encode_artifact
-from evensong.wire.program import Artifact, DType, Op, Region, VariableFlag
+from evensong.wire.program import Activation, Artifact, DType, Op, Region, VariableFlag
 
 ONE = np.ones(1, np.float32)
 
@@ -53,7 +53,10 @@ SIGNATURE: dict[str, Callable[[ProgramBuilder], None]] = {
     "output not batched": op("LINEAR", [((4, 3), F32, ROWS), (4, 3)], [(4, 4)]),
     "batched weight": op("LINEAR", [(4, 3), ((4, 3), F32, ROWS)], [(4, 4)]),
     "unknown activation": op("LINEAR", [(2, 3), (4, 3)], [(2, 4)], activation=3),
-    "unknown kind": op("UNARY", [(2,)], [(2,)], kind=9),
+    "unknown kind": op("UNARY", [(2,)], [(2,)], kind=max(Activation) + 1),
+    "gates of no GRU": op("GRU", [(2, 3, 8), (8, 2), (8,)], [(2, 3, 8), (2, 3, 2)]),
+    "gates of no LSTM": op("LSTM", [(2, 3, 6), (6, 2), (6,)], [(2, 3, 6), (2, 3, 2)]),
+    "groups of no size": op("GROUP_NORM", [(2, 3, 4), (4,), (4,)], [(2, 3, 4), (2, 3), (2, 3)]),
     "no kind": op("UNARY", [(2,)], [(2,)], kind=0),
     "flag of neither": op("ADAM", [(2,), (2,), (2,), (2,)], [], decoupled=2),
     "attribute not finite": op("SCALE", [(2,)], [(2,)], alpha=float("nan")),
