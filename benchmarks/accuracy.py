@@ -35,6 +35,8 @@ from benchmarks.federated import Draw, Outcome, Population, federate, random
 from benchmarks.harness import Row, wanted
 from evensong.coordinator import LocalTraining, Privacy, SecureAggregation, Task
 from evensong.coordinator.task import AdaptiveClipping
+from evensong.mobile_runtime import load
+from evensong.mobile_runtime.session import Session
 from evensong.simulations.data import Dataset, Indices, load_dataset
 from evensong.simulations.demo.scenarios import scenario_named
 from evensong.simulations.fleet import Examples, Shard, make_fleet
@@ -57,6 +59,7 @@ class Variant:
     target: float | None = None
     by_examples: bool = False
     nudge: float = 0.0
+    int8: str = ""  #: "training": devices train in int8; "judged": every judged version is quantised first
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,33 @@ def _run_job(name: str, variant_name: str, seed: int) -> Outcome:
     changes = dict(variant.changes)
     if variant.by_examples:
         changes |= {"weighting": "examples", "max_weight": max(map(len, population.devices))}
-    task = Task(name, scenario.artifact(), **{**setting.task, **changes})
-    return federate(task, population, _initial(scenario.model, seed, variant.nudge), seed)
+    initial = _initial(scenario.model, seed, variant.nudge)
+    artifact = scenario.artifact()
+    if variant.int8 == "training":
+        artifact = _quantized(scenario.model, initial, population, training=True)
+    task = Task(name, artifact, **{**setting.task, **changes})
+    judge = None
+    if variant.int8 == "judged":
+
+        def judge(parameters: Mapping[str, Any]) -> Session:
+            return load(_quantized(scenario.model, parameters, population, training=False))
+
+    return federate(task, population, initial, seed, judge)
+
+
+def _quantized(model: str, parameters: Mapping[str, Any], population: Population, *, training: bool) -> Any:
+    """The model with these parameters, in int8, calibrated on some examples of the first devices."""
+    import torch
+
+    from evensong.mobile_runtime import Int8Training, PostTrainingInt8, compile
+    from evensong.mobile_runtime.compiler import zoo
+
+    made = getattr(zoo, model)(0)
+    made.load_state_dict({name: torch.from_numpy(np.array(parameters[name])) for name in made.state_dict()})
+    examples = np.concatenate([device.inputs[:64] for device in population.devices[:4]]).astype(np.float32)
+    if training:
+        return compile(made, examples, quantize=Int8Training(examples), batch_size=32, predict_batch=32)
+    return compile(made, examples, trainable="none", quantize=PostTrainingInt8(examples), predict_batch=32)
 
 
 @lru_cache(maxsize=1)
@@ -196,6 +224,8 @@ COMPRESSED = {
     "clipped": Variant({**_UNIFORM, "clip_norm": AdaptiveClipping()}, "float32"),
     "secure8": Variant({}, "float32", -0.3),
     "secure4": Variant(_FOUR_BITS, "float32", -0.3),
+    "int8_training": Variant(_UNIFORM, "float32", -1.0, int8="training"),
+    "int8_judged": Variant(_UNIFORM, "float32", -0.5, int8="judged"),
     "float32_by_examples": Variant(FLOAT32, by_examples=True),
     "secure8_by_examples": Variant({}, "float32_by_examples", -0.3, by_examples=True),
     "secure4_by_examples": Variant(_FOUR_BITS, "float32_by_examples", -0.3, by_examples=True),

@@ -11,7 +11,7 @@ share batch orders, cohorts and initial weights, whatever else they draw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -70,9 +70,18 @@ class Outcome:
     clip_norm: float  #: after the last round; 0 without clipping
 
 
-def federate(task: Task, population: Population, initial: Parameters, seed: int) -> Outcome:
-    """All rounds of ``task`` from ``initial``. The server step is FedAvg's: the version plus the mean update."""
-    bundle, parameters = task.to_bundle(), dict(initial)
+def federate(
+    task: Task,
+    population: Population,
+    initial: Parameters,
+    seed: int,
+    judge: Callable[[Parameters], Session] | None = None,
+) -> Outcome:
+    """All rounds of ``task`` from ``initial``. The server step is FedAvg's: the version plus the mean update.
+
+    ``judge`` makes the session that a version is judged with; by default it is the one that trains.
+    """
+    bundle, parameters = task.to_bundle(), {**task.initial_parameters(), **initial}
     clip_norm = bundle.update.adaptive_clipping.initial or bundle.update.clip_norm
     encoder = (_SecureSum if task.secure else _PlainSum)(task, bundle)
     key = NoiseKey(random(seed, Draw.KEY).bytes(32))
@@ -95,8 +104,9 @@ def federate(task: Task, population: Population, initial: Parameters, seed: int)
             parameters = {name: (value + mean[name]).astype(np.float32) for name, value in parameters.items()}
             if number > task.rounds - JUDGED:
                 session.set(parameters)
-                for judge, sets in population.judges.items():
-                    accuracy[judge].append(_accuracy(session, sets))
+                judged = session if judge is None else judge(parameters)
+                for name, sets in population.judges.items():
+                    accuracy[name].append(_accuracy(judged, sets))
     is_clipped = clip_norm > 0
     return Outcome(
         accuracy,

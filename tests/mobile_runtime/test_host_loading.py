@@ -31,6 +31,7 @@ PUBLIC_NAMES = {
     "EngineInfo",
     "Evaluation",
     "ExampleError",
+    "Int8Training",
     "KerasModule",
     "MemoryReport",
     "OperationTime",

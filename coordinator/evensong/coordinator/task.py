@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
-
 from evensong.coordinator.bundle import STRATEGIES, TaskError, check_bundle, check_server_plan, largest_cohort
 from evensong.coordinator.privacy.accounting import Accounting
 from evensong.coordinator.privacy.rules import check_privacy
@@ -25,6 +23,7 @@ from evensong.wire.program import Artifact, DType, Program, VariableFlag
 from evensong.wire.rotated import RotatedCodec
 from evensong.wire.tensors import FloatArray, Layout, encode_tensors, layout_of, layout_to_proto
 from evensong.wire.top_k import TopKCodec
+from evensong.wire.variables import initial_values
 
 __all__ = [
     "AdaptiveClipping",
@@ -218,13 +217,7 @@ class Task:
     def initial_parameters(self) -> dict[str, FloatArray]:
         """Version 0: the artifact's initial values of the tensors that travel, in the author's shapes."""
         travelling = {spec.name for spec in self.layout}
-        parameters: dict[str, FloatArray] = {}
-        for variable in self._decoded.variables:
-            if variable.name in travelling:
-                count = math.prod(variable.dims)
-                values = np.frombuffer(self._decoded.state, "<f4", count, variable.offset).reshape(variable.dims)
-                parameters[variable.name] = np.array(values.transpose(variable.perm), np.float32, order="C")
-        return parameters
+        return {name: value for name, value in initial_values(self._decoded).items() if name in travelling}
 
     def encoded_parameters(self) -> bytes:
         """Version 0 as the blob that devices fetch."""
@@ -409,7 +402,7 @@ class Task:
                 got=self.local.batch_size,
                 fix="Compile the model with example inputs of a larger batch.",
             )
-        floats = [variable for variable in self._decoded.variables if variable.dtype == DType.F32]
+        floats = [v for v in self._decoded.variables if v.value_dtype == DType.F32 and not v.is_scale]
         trainable = [variable.name for variable in floats if variable.flags == VariableFlag.TRAINABLE]
         _require_matches("local.personal", self.local.personal, [variable.name for variable in floats])
         if self.personalization is not None:

@@ -200,7 +200,7 @@ void count_variables(Cursor cursor, Parts* parts) {
         uint64_t bytes = itemsize(DType(dtype));
         for (uint32_t axis = 0; axis < rank; ++axis) bytes = smaller(bytes * cursor.u32(), kMaxArtifactBytes + 1);
         cursor.take(rank + sizeof(uint64_t));
-        if (flags == 2) ++parts->buffers, parts->buffer_bytes += align(bytes);
+        if (flags != 1) ++parts->buffers, parts->buffer_bytes += align(bytes);
     }
 }
 
@@ -335,7 +335,7 @@ evensong_status read_variables(Cursor cursor, Block* block, Names* names, Model*
         Variable& variable = model->variables[i];
         variable.name = names->copy(&cursor);
         uint8_t dtype = cursor.u8(), flags = cursor.u8(), rank = cursor.u8(), zero = cursor.u8();
-        if (cursor.failed || zero || rank > kMaxRank || (flags != 1 && flags != 2) ||
+        if (cursor.failed || zero || rank > kMaxRank || (flags != 1 && flags != 2 && flags != 6) ||
             !read_dtype(dtype, &variable.dtype)) {
             return report->fail(EVENSONG_ARTIFACT, "variable %u has a bad header", i);
         }

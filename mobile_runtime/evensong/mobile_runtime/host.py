@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Self, TypeGuard
 
@@ -26,6 +27,7 @@ from evensong.mobile_runtime.errors import (
 )
 from evensong.mobile_runtime.examples import Array, InputPort, all_finite, rows_per_example
 from evensong.mobile_runtime.machine import Machine
+from evensong.mobile_runtime.scaled import scaled_weights
 from evensong.mobile_runtime.session import Evaluation, Inputs, StepResult
 from evensong.wire.program import OPS, Artifact, DType, Program, Variable, VariableFlag
 
@@ -47,8 +49,11 @@ class HostSession:
         self._programs = {
             program.name: _Runner(index, program, machine) for index, program in enumerate(artifact.programs)
         }
-        self._variables = MappingProxyType({variable.name: variable for variable in artifact.variables})
-        self._views = {v.name: _view(v, machine.state) for v in artifact.variables}  # author's layout, live
+        shown = {v.name: replace(v, dtype=v.value_dtype) for v in artifact.variables if not v.is_scale}
+        self._variables = MappingProxyType(shown)
+        self._scaled = scaled_weights(artifact, machine.state, machine.slots)
+        plain = [v for v in artifact.variables if not v.is_scale and not v.is_scaled]
+        self._views = {v.name: _view(v, machine.state) for v in plain}  # author's layout, live
         self._step = 0
         self._seed = _checked_seed(seed)
         self._ready_prediction: _Ready | None = None  # the last one, should the next one have its shapes
@@ -106,27 +111,31 @@ class HostSession:
 
     def get(self, names: Iterable[str] | None = None) -> dict[str, Array]:
         self._live()
-        return {name: self._view(name).copy(order="C") for name in (self._variables if names is None else names)}
+        return {name: self._value(name) for name in (self._variables if names is None else names)}
 
     def set(self, values: Mapping[str, npt.ArrayLike]) -> None:
         self._live()
         checked = {name: self._checked(name, value) for name, value in values.items()}
         for name, value in checked.items():
-            self._views[name][...] = value
+            if name in self._scaled:
+                self._scaled[name].set(value)
+            else:
+                self._views[name][...] = value
 
     def delta(self, reference: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
         self._live()
         checked = {name: self._checked(name, value) for name, value in reference.items()}
         return {
-            name: np.subtract(self._views[name], value, dtype=np.float32, order="C") for name, value in checked.items()
+            name: np.subtract(self._live_value(name), value, dtype=np.float32, order="C")
+            for name, value in checked.items()
         }
 
     def freeze(self, names: Iterable[str]) -> None:
         machine = self._live()
-        index = {name: position for position, name in enumerate(self._variables)}
+        index = {variable.name: position for position, variable in enumerate(self.artifact.variables)}
         frozen = []
         for name in names:
-            self._view(name)
+            self._live_value(name)
             if not self._variables[name].flags & VariableFlag.TRAINABLE:
                 raise VariableError(f"{name!r} cannot be frozen: it is not trainable")
             frozen.append(index[name])
@@ -136,10 +145,15 @@ class HostSession:
         machine = self._live()
         self._seed = self._seed if seed is None else _checked_seed(seed)
         machine.state[:] = np.frombuffer(self.artifact.state, np.uint8)
-        self.reset_optimizer()
+        machine.slots[:] = 0
+        self._step = 0
 
     def reset_optimizer(self) -> None:
-        self._live().slots[:] = 0
+        slots = self._live().slots
+        kept = [(w.residual_bytes, slots[w.residual_bytes].copy()) for w in self._scaled.values()]
+        slots[:] = 0
+        for span, residual in kept:  # they belong to the weights
+            slots[span] = residual
         self._step = 0
 
     # ----------------------------------------------------------------------------------------------------- persistence
@@ -172,7 +186,8 @@ class HostSession:
             return
         self._ready_prediction = self._ready_step = None
         self._programs.clear()
-        self._views.clear()  # they point into the machine's memory
+        self._views.clear()  # these two point into the machine's memory
+        self._scaled = {}
         machine, self._machine = self._machine, None
         machine.close()
 
@@ -215,18 +230,27 @@ class HostSession:
             )
         return runner
 
-    def _view(self, name: str) -> Array:
+    def _live_value(self, name: str) -> Array:
+        """The variable ``name`` in the author's shape: a live view where it is stored as the author has it."""
+        if name in self._scaled:
+            return self._scaled[name].get()
         view = self._views.get(name)
         if view is None:
             raise VariableError(f"unknown variable {name!r}", expected=f"one of {list(self._variables)}")
         return view
 
+    def _value(self, name: str) -> Array:
+        value = self._live_value(name)
+        return value if name in self._scaled else value.copy(order="C")
+
     def _checked(self, name: str, value: npt.ArrayLike) -> Array:
         """``value`` as an array that may be written to (or subtracted from) the variable ``name``."""
-        view, variable = self._view(name), self._variables[name]
+        if name not in self._variables:
+            self._live_value(name)  # which says what there is
+        variable = self._variables[name]
         array = np.asarray(value)
-        if array.shape != view.shape:
-            raise VariableError(f"{name!r} has the wrong shape", expected=view.shape, got=array.shape)
+        if array.shape != variable.shape:
+            raise VariableError(f"{name!r} has the wrong shape", expected=variable.shape, got=array.shape)
         if variable.dtype == DType.F32:
             if array.dtype.kind not in "fiu":
                 raise VariableError(f"{name!r} has the wrong dtype", expected="float32", got=array.dtype)
@@ -235,8 +259,9 @@ class HostSession:
             if not all_finite(array):
                 raise VariableError(f"the new value of {name!r} is not finite")
             return array
-        if not np.can_cast(array.dtype, view.dtype, "safe"):
-            raise VariableError(f"{name!r} has the wrong dtype", expected=view.dtype, got=array.dtype)
+        dtype = np.dtype(variable.dtype.numpy)
+        if not np.can_cast(array.dtype, dtype, "safe"):
+            raise VariableError(f"{name!r} has the wrong dtype", expected=dtype, got=array.dtype)
         return array
 
 

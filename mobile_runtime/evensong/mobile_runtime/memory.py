@@ -101,7 +101,7 @@ def memory_report(artifact: Artifact) -> MemoryReport:
         len(artifact.const),
         len(artifact.state),
         artifact.slot_bytes,
-        sum(align(variable.nbytes) for variable in artifact.variables if variable.flags == VariableFlag.BUFFER),
+        sum(align(variable.nbytes) for variable in artifact.variables if variable.flags & VariableFlag.BUFFER),
     )
 
 

@@ -68,7 +68,7 @@ class TwinMachine:
             Region.ARENA: np.zeros(arena_bytes, np.uint8),
         }
         self._statistics = [
-            self.state[v.offset : v.offset + v.nbytes] for v in artifact.variables if v.flags == VariableFlag.BUFFER
+            self.state[v.offset : v.offset + v.nbytes] for v in artifact.variables if v.flags & VariableFlag.BUFFER
         ]
         self._frozen: frozenset[int] = frozenset()  # offsets in STATE
 

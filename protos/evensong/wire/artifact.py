@@ -195,7 +195,7 @@ def _read_variables(section: memoryview, state_bytes: int) -> tuple[tuple[Variab
     for _ in range(_count(cursor, count, 15, MOST_VARIABLES)):
         name = cursor.name()
         dtype, flags, rank, zero = (cursor.u8() for _ in range(4))
-        if zero or rank > MAX_RANK or flags not in (1, 2):
+        if zero or rank > MAX_RANK or flags not in (1, 2, 6):
             raise ArtifactError(f"variable {name!r} has a bad header", got=(flags, rank, zero))
         dims = tuple(cursor.u32() for _ in range(rank))
         perm = tuple(cursor.u8() for _ in range(rank))

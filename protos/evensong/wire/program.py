@@ -259,6 +259,7 @@ OP_NAMES: dict[int, str] = {spec.code: name for name, spec in OPS.items()}
 class VariableFlag(enum.IntFlag):
     TRAINABLE = 1  #: an optimiser updates it
     BUFFER = 2  #: running statistics: changed by training, not by an optimiser
+    SCALE = 4  #: with BUFFER: the scales [O] of the int8 weight whose name stands before ``.scale``; no tensor of the author's
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,21 @@ class Variable:
     @property
     def nbytes(self) -> int:
         return prod(self.dims) * self.dtype.itemsize
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether it belongs to an int8 weight: hosts and the wire do not see it."""
+        return bool(self.flags & VariableFlag.SCALE)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether it is a weight that trains in int8: hosts and the wire see ``stored * scale`` in float32."""
+        return self.dtype == DType.I8 and bool(self.flags & VariableFlag.TRAINABLE)
+
+    @property
+    def value_dtype(self) -> DType:
+        """The dtype of the author's tensor."""
+        return DType.F32 if self.is_scaled else self.dtype
 
 
 @dataclass(frozen=True)

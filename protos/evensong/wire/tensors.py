@@ -57,11 +57,15 @@ Layout = tuple[TensorSpec, ...]
 
 
 def layout_of(variables: Iterable[Variable], personal: Sequence[str] = ()) -> Layout:
-    """All float32 variables but those whose name matches a ``personal`` pattern (fnmatch), in the artifact's order."""
+    """All variables that are float32 to their author, in the artifact's order, but those whose name matches a
+    ``personal`` pattern (fnmatch).
+    """
     return tuple(
         TensorSpec(variable.name, variable.shape)
         for variable in variables
-        if variable.dtype == DType.F32 and not any(fnmatchcase(variable.name, pattern) for pattern in personal)
+        if variable.value_dtype == DType.F32
+        and not variable.is_scale
+        and not any(fnmatchcase(variable.name, pattern) for pattern in personal)
     )
 
 

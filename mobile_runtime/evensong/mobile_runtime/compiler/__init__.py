@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evensong.mobile_runtime.compiler.calibrate import PostTrainingInt8
 from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
+from evensong.mobile_runtime.compiler.int8_training import Int8Training
 from evensong.mobile_runtime.compiler.keras_model import KerasModule
 from evensong.mobile_runtime.compiler.optimizer import SGD, Adam
 from evensong.mobile_runtime.compiler.qat import QuantizationAwareTraining
@@ -13,6 +14,7 @@ __all__ = [
     "SGD",
     "Adam",
     "CompiledArtifact",
+    "Int8Training",
     "KerasModule",
     "PostTrainingInt8",
     "QuantizationAwareTraining",

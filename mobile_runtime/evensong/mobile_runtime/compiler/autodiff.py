@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from evensong.mobile_runtime.compiler import int8_backward
+from evensong.mobile_runtime.compiler.int8_training import Int8State
 from evensong.mobile_runtime.compiler.ir import Graph, Node, Value
 from evensong.mobile_runtime.errors import CompileError
 from evensong.wire.program import Activation, DType
 
 
-def differentiate(graph: Graph, gradient_of_output: Mapping[Value, Value], trainable: set[Value]) -> dict[Value, Value]:
-    """Appends the backward pass to ``graph``.
+def differentiate(
+    graph: Graph,
+    gradient_of_output: Mapping[Value, Value],
+    trainable: set[Value],
+    int8: Int8State | None = None,
+    weight_decay: float = 0.0,
+) -> dict[Value, Value]:
+    """Appends the backward pass to ``graph``; weights that train in int8 are also updated by it, with ``weight_decay``.
 
     ``gradient_of_output`` maps a value to its known gradient (what a loss operation wrote); ``trainable`` holds root
     values. Returns the gradient of each trainable value that has one.
     """
-    backward = Backward(graph, graph.reached(trainable))
+    backward = Backward(graph, graph.reached(trainable), int8, weight_decay)
     for value, gradient in gradient_of_output.items():
         backward.accumulate(value, gradient)
     for node in reversed(list(graph.nodes)):
@@ -33,6 +41,8 @@ class Backward:
 
     graph: Graph
     wanted: set[Value]
+    int8: Int8State | None = None
+    weight_decay: float = 0.0
     gradients: dict[Value, Value] = field(default_factory=dict)
     place: str = ""
 
@@ -54,7 +64,9 @@ class Backward:
         """Adds one contribution; a value that fans out gets their sum."""
         root = value.root
         gradient = gradient.reshaped(root.dims)
-        if root in self.gradients:
+        if root in self.gradients and gradient.dtype == DType.I8:
+            gradient = int8_backward.sum_of(self, self.gradients[root], gradient)
+        elif root in self.gradients:
             total = self.fresh(root)
             self.graph.add("ADD", [self.gradients[root], gradient], [total], self.place)
             gradient = total
@@ -62,11 +74,13 @@ class Backward:
 
     def fresh(self, value: Value) -> Value:
         """A value to hold the gradient of ``value``."""
-        return Value(value.dims, DType.F32, batched=value.batched, name=f"gradient of {value.name}")
+        dtype = DType.I8 if value.dtype == DType.I8 else DType.F32
+        return Value(value.dims, dtype, batched=value.batched, name=f"gradient of {value.name}")
 
     def emit(self, op: str, inputs: list[Value], like: Value, **attrs: int | float) -> Value:
         """Adds a node whose one result has the shape of ``like``."""
         result = self.fresh(like)
+        result.entry = inputs[0].root.entry
         self.graph.add(op, inputs, [result], self.place, **attrs)
         return result
 
@@ -299,7 +313,7 @@ def _crop(g: Backward, node: Node) -> None:
     )
 
 
-#: Operations without a rule (losses, quantised operations, those with integer results) end the backward pass.
+#: Operations without a rule (losses, those of a frozen int8 part, those with integer results) end the backward pass.
 RULES: Mapping[str, Callable[[Backward, Node], None]] = {
     "LINEAR": _linear,
     "CONV2D": _conv2d,
@@ -333,4 +347,10 @@ RULES: Mapping[str, Callable[[Backward, Node], None]] = {
     "CROP2D": _crop,
     "SOFTMAX": _softmax,
     "LOG_SOFTMAX": _softmax,
+    "QLINEAR": int8_backward.layer,
+    "QCONV2D": int8_backward.layer,
+    "QMAX_POOL2D": int8_backward.max_pool,
+    "Q_ADD": int8_backward.add,
+    "Q_QUANTIZE": int8_backward.quantize,
+    "Q_DEQUANTIZE": int8_backward.dequantize,
 }

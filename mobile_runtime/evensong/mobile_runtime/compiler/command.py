@@ -18,6 +18,7 @@ from torch import nn
 
 from evensong.mobile_runtime.compiler.calibrate import PostTrainingInt8
 from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
+from evensong.mobile_runtime.compiler.int8_training import Int8Training
 from evensong.mobile_runtime.compiler.optimizer import SGD, Adam, Optimizer
 from evensong.mobile_runtime.errors import CompileError
 from evensong.mobile_runtime.quantization_report import quantization_report
@@ -35,6 +36,7 @@ nothing and returns a torch.nn.Module, or the module and its example inputs.
   evensong compile model.py:build --input 1x28x28 --show-memory
   evensong compile model.py:build --input 9x128 --trainable 'head.*' --int8 calibration.npz
   evensong compile model.py:build --input 1x28x28 --trainable none --int8 calibration.npz --report
+  evensong compile model.py:build --input 1x28x28 --int8-training calibration.npz
   evensong compile evensong.mobile_runtime.compiler.zoo:har_cnn --input 9x128 --memory-budget 512K
 
 The learning rate is not compiled in: it comes with each training step.
@@ -83,6 +85,9 @@ def run(
     int8: Annotated[
         Path | None, typer.Option(help="Calibration examples (.npz or .npy): what is frozen then runs in int8.")
     ] = None,
+    int8_training: Annotated[
+        Path | None, typer.Option("--int8-training", help="Calibration examples: what is trainable trains in int8.")
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="With --int8: error and time of each layer against float32.")
     ] = False,
@@ -94,6 +99,8 @@ def run(
     model, examples = _build(source, [_example(shape) for shape in inputs or []])
     title = name or source.rpartition(":")[2]
     calibration = None if int8 is None else _calibration(int8)
+    if int8 is not None and int8_training is not None:
+        raise CompileError("--int8 and --int8-training exclude each other", fix="The second does the first's work too.")
     if report and calibration is None:
         raise CompileError("--report compares int8 with float32", fix="Give calibration examples with --int8.")
     compiled = compile(
@@ -101,7 +108,7 @@ def run(
         examples,
         loss=loss,
         trainable="none" if trainable == ["none"] else trainable,
-        quantize=None if calibration is None else PostTrainingInt8(calibration),
+        quantize=_quantization(calibration, int8_training),
         optimizer=_optimizer(optimizer, momentum, weight_decay),
         batch_size=batch_size,
         predict_batch=predict_batch,
@@ -114,6 +121,12 @@ def run(
     if report and calibration is not None:
         exact = compile(model, examples, trainable="none", predict_batch=predict_batch)
         print(f"\n{quantization_report(exact, compiled, calibration)}")
+
+
+def _quantization(calibration: list[Any] | None, int8_training: Path | None) -> PostTrainingInt8 | Int8Training | None:
+    if int8_training is not None:
+        return Int8Training(_calibration(int8_training))
+    return None if calibration is None else PostTrainingInt8(calibration)
 
 
 def _report(compiled: CompiledArtifact, path: Path, show_memory: bool) -> None:

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from evensong.mobile_runtime.compiler.autodiff import differentiate
+from evensong.mobile_runtime.compiler.batch_norm import fold_batch_norms
 from evensong.mobile_runtime.compiler.bytes_first import fold_byte_tables
 from evensong.mobile_runtime.compiler.calibrate import Calibrator, PostTrainingInt8
 from evensong.mobile_runtime.compiler.emit import emit
 from evensong.mobile_runtime.compiler.export import Trace, trace
+from evensong.mobile_runtime.compiler.int8_training import Int8State, Int8Training, prepare_int8, train_in_int8
 from evensong.mobile_runtime.compiler.ir import Graph, Value
 from evensong.mobile_runtime.compiler.keras_model import KerasModule, is_keras_model
 from evensong.mobile_runtime.compiler.layout import arrange
@@ -48,7 +50,7 @@ def compile(
     *,
     loss: str | nn.Module = "cross_entropy",
     trainable: Sequence[str] | str | None = None,
-    quantize: PostTrainingInt8 | QuantizationAwareTraining | None = None,
+    quantize: PostTrainingInt8 | QuantizationAwareTraining | Int8Training | None = None,
     optimizer: Optimizer | None = None,
     batch_size: int = 32,
     predict_batch: int = 1,
@@ -65,7 +67,8 @@ def compile(
         loss: ``"cross_entropy"`` (int32 labels), ``"mse"`` or ``"bce"`` (float32 targets), or the ``torch.nn`` loss.
         trainable: what to train: None takes those with ``requires_grad``; patterns like ``["head.*"]``; ``"none"``.
         quantize: :class:`PostTrainingInt8` runs what is frozen in int8; with nothing trainable, the whole model. A
-            :class:`QuantizationAwareTraining` does so with the weights that it has trained.
+            :class:`QuantizationAwareTraining` does so with the weights that it has trained. :class:`Int8Training`
+            also trains in int8.
         optimizer: :class:`SGD` (the default) or :class:`Adam`; the learning rate comes with each step.
         batch_size: the most examples of one training step.
         predict_batch: the most examples of one prediction call.
@@ -83,20 +86,29 @@ def compile(
         model = KerasModule(model)
     chosen_loss, optimizer = loss_name(loss), optimizer or SGD()
     examples = _tensors(example_inputs)
+    int8_settings = quantize if isinstance(quantize, Int8Training) else None
+    if int8_settings is not None:
+        model = fold_batch_norms(model, trace(model, examples, training=False))
     names = trainable_names(model, trainable)
 
     # 1. trace the model in each mode, 2. lower each trace to engine operations
     inference = trace(model, examples, training=False)
     weights = Weights(model, names, inference)
     calibrator = None if quantize is None else quantize.calibrator(_input_ports(inference, weights))
+    int8 = None
+    if int8_settings is not None and calibrator is not None:
+        int8 = _int8_state(int8_settings, inference, weights, calibrator, optimizer)
     graphs: list[tuple[Graph, int]] = []
     if names:
         training = trace(model, examples, training=True)
-        graphs.append((_train(training, weights, calibrator, chosen_loss, optimizer, batch_size), batch_size))
-    graphs.append((_evaluate(inference, weights, calibrator, chosen_loss), batch_size))
-    predict, description = _predict(inference, weights, calibrator)
+        graphs.append((_train(training, weights, calibrator, int8, chosen_loss, optimizer, batch_size), batch_size))
+    graphs.append((_evaluate(inference, weights, calibrator, int8, chosen_loss), batch_size))
+    predict, description = _predict(inference, weights, calibrator, int8)
     graphs.append((predict, predict_batch))
     _check_labels(labels, predict.outputs["output"].dims)
+
+    if int8 is not None:
+        int8.finish()
 
     # 3. plan the memory, 4. write the artifact
     planned = [(graph, plan(graph, batch), batch) for graph, batch in reversed(graphs)]
@@ -156,30 +168,43 @@ class CompiledArtifact:
 
 
 def _train(
-    traced: Trace, weights: Weights, calibrator: Calibrator | None, loss: str, optimizer: Optimizer, batch: int
+    traced: Trace,
+    weights: Weights,
+    calibrator: Calibrator | None,
+    int8: Int8State | None,
+    loss: str,
+    optimizer: Optimizer,
+    batch: int,
 ) -> Graph:
     forward = lower(traced, weights, "train")
     graph = forward.graph
     trainable = {weights.view(name).value for name in weights.trainable}
     behind = graph.reached(trainable)
-    _finish(forward, weights, calibrator, lambda value: value.root in behind)
+    _finish(forward, weights, calibrator, lambda value: value.root in behind, int8, batch)
     seeds = add_loss(graph, forward.output, loss, gradient=True)
-    gradients = differentiate(graph, seeds, trainable)
+    gradients = differentiate(graph, seeds, trainable, int8, optimizer.weight_decay)
     apply_optimizer(graph, gradients, weights.variables, optimizer, batch)
+    if int8 is not None:
+        moved = {"grow": int8.settings.grow, "shrink": int8.settings.shrink}
+        graph.add("Q_ADAPT", [int8.scales, int8.peaks], [], "scales", **moved)
     return graph
 
 
-def _evaluate(traced: Trace, weights: Weights, calibrator: Calibrator | None, loss: str) -> Graph:
+def _evaluate(
+    traced: Trace, weights: Weights, calibrator: Calibrator | None, int8: Int8State | None, loss: str
+) -> Graph:
     forward = lower(traced, weights, "evaluate")
-    _finish(forward, weights, calibrator, lambda value: False)
+    _finish(forward, weights, calibrator, lambda value: False, int8)
     add_loss(forward.graph, forward.output, loss, gradient=False)
     return forward.graph
 
 
-def _predict(traced: Trace, weights: Weights, calibrator: Calibrator | None) -> tuple[Graph, dict[str, object]]:
+def _predict(
+    traced: Trace, weights: Weights, calibrator: Calibrator | None, int8: Int8State | None
+) -> tuple[Graph, dict[str, object]]:
     """The predict program, and the manifest's description of its ports."""
     forward = lower(traced, weights, "predict")
-    _finish(forward, weights, calibrator, lambda value: False)
+    _finish(forward, weights, calibrator, lambda value: False, int8)
     graph, view = forward.graph, forward.output
     if view.batch_axis != 0:
         raise CompileError("the model's result must have the batch first")
@@ -198,16 +223,38 @@ def _predict(traced: Trace, weights: Weights, calibrator: Calibrator | None) -> 
     return graph, {"inputs": inputs, "output": _describe("output", value)}
 
 
+def _int8_state(
+    settings: Int8Training, traced: Trace, weights: Weights, calibrator: Calibrator, optimizer: Optimizer
+) -> Int8State:
+    if not isinstance(optimizer, SGD) or optimizer.momentum:
+        raise CompileError(
+            "int8 training takes plain SGD", expected="SGD without momentum", got=optimizer, fix="Drop the momentum."
+        )
+    forward = lower(traced, weights, "calibrate")
+    forward.graph.outputs["output"] = forward.output.value
+    simplify(forward.graph, lambda value: True)
+    return prepare_int8(settings, weights, forward.graph, calibrator)
+
+
 def _finish(
-    forward: Forward, weights: Weights, calibrator: Calibrator | None, trained: Callable[[Value], bool]
+    forward: Forward,
+    weights: Weights,
+    calibrator: Calibrator | None,
+    trained: Callable[[Value], bool],
+    int8: Int8State | None = None,
+    batch: int = 1,
 ) -> None:
-    """Simplifies the forward pass and quantises its frozen part; its result may become another value."""
+    """Simplifies the forward pass, quantises its frozen part and brings the rest to int8 if it trains so; its result
+    may become another value.
+    """
     graph, view = forward.graph, forward.output
     graph.outputs["output"] = view.value
-    simplify(graph, trained)
+    simplify(graph, trained if int8 is None else lambda value: True)  # programs of one model have one structure
     if calibrator is not None:
         quantize_frozen(graph, calibrator, set(weights.flags))
         fold_byte_tables(graph)
+        if int8 is not None:
+            train_in_int8(graph, int8, training=graph.name == "train", batch=batch)
         remove_dead(graph)
     forward.output = replace(view, value=graph.outputs.pop("output"))
 

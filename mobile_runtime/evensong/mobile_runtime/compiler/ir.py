@@ -36,6 +36,10 @@ class Value:
     base: Value | None = None
     scale: float = 0.0
     zero_point: int = 0
+    #: Of a root, in int8 training: its place in the table of scales (of an activation) or of gradients.
+    entry: int = -1
+    #: Of a root, in int8 training: a gradient passes where ``bounds[0] < stored < bounds[1]``.
+    bounds: tuple[int, int] | None = None
 
     @property
     def root(self) -> Value:

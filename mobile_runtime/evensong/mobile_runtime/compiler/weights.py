@@ -42,6 +42,7 @@ class Weights:
         self._first_names = _first_names(model)
         self._orders = {self.first_name(name): order for name, order in _first_orders(trace).items()}
         self._views: dict[str, View] = {}
+        self._added: list[Value] = []
 
     def first_name(self, name: str) -> str:
         """The name of a tensor that the model may hold under several (tied weights)."""
@@ -73,13 +74,20 @@ class Weights:
         """A copy of the author's tensor."""
         return self._tensors[self.first_name(name)].detach().cpu().clone()
 
+    def add(self, value: Value, flag: VariableFlag) -> None:
+        """A STATE value that is no tensor of the author's."""
+        self.flags[value] = flag
+        self.order[value] = tuple(range(len(value.dims)))
+        self._added.append(value)
+
     @property
     def variables(self) -> list[Value]:
-        """The STATE values in use, in the order of the state dict."""
+        """The STATE values in use, in the order of the state dict; then those that were added."""
         used = {view.value for view in self._views.values() if view.value.region == Region.STATE}
-        return [
+        known = [
             self._views[name].value for name in self._tensors if name in self._views and self._views[name].value in used
         ]
+        return known + self._added
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
