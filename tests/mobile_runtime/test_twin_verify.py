@@ -73,7 +73,7 @@ SIGNATURE: dict[str, Callable[[ProgramBuilder], None]] = {
 BEYOND: dict[str, Callable[[ProgramBuilder], None]] = {
     "groups do not divide": op("CONV2D", [(1, 4, 4, 3), (2, 1, 1, 1)], [(1, 4, 4, 2)], **{**CONV, "groups": 2}),
     "window coordinates": op(
-        "CONV2D", [(1, 1, 1, 1), (1, 32768, 1, 1)], [(1, 1, 1, 1)], **{**CONV, "dilation_h": 32768}
+        "CONV2D", [(1, 1, 1, 1), (2, 32768, 1, 1)], [(1, 1, 1, 2)], **{**CONV, "dilation_h": 32768}
     ),
     "padding over half": op("MAX_POOL2D", [(1, 4, 4, 1)], [(1, 2, 2, 1)], **POOL, pad_top=2),
     "window outside": op("AVG_POOL2D", [(1, 4, 4, 1)], [(1, 3, 2, 1)], **POOL),

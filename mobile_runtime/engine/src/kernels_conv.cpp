@@ -30,9 +30,9 @@ struct Blocks {
 };
 
 // convolve() below, where patches would be copies though each window could be read in place.
-__attribute__((noinline)) void convolve_directly(Band& band, int32_t images, const float* weights, size_t columns,
-                                                 Epilogue epilogue, Target target) {
-    band.each_block(images, target, [&](const float** windows, float** out, size_t count) {
+__attribute__((noinline)) void convolve_directly(Band& band, const float* weights, size_t columns, Epilogue epilogue,
+                                                 Target target) {
+    band.each_block(target, [&](const float** windows, float** out, size_t count) {
         multiply_windows(windows, band.lines(), weights, out, count, columns, epilogue);
     });
 }
@@ -42,7 +42,7 @@ __attribute__((noinline)) void convolve(const Patches& patches, int32_t images, 
                                         Epilogue epilogue, Target target) {
     if (patches.lines_are_contiguous() && !patches.lies_in_source()) {
         Band band(patches, images, blocks.patches, blocks.patch_elements);
-        if (band.fits()) return convolve_directly(band, images, blocks.weights, columns, epilogue, target);
+        if (band.fits()) return convolve_directly(band, blocks.weights, columns, epilogue, target);
     }
     const size_t pixels = size_t(images) * size_t(patches.h.grid) * size_t(patches.w.grid);
     for (size_t pixel = 0; pixel < pixels; pixel += blocks.patch_rows) {
@@ -114,6 +114,7 @@ __attribute__((noinline)) void grad_input_phase(const Convolution& conv, const A
     const size_t columns = size_t(conv.group_channels), outputs = size_t(conv.group_out_channels());
     if (h.taps == 0 || w.taps == 0)
         return clear_grid(h, w, conv.images, size_t(conv.channels), target);  // no tap meets them
+    if (conv.is_depthwise()) return depthwise_grad_input(conv, h, w, dy, weights, target, blocks.weights);
     for (size_t group = 0; group < size_t(conv.groups); ++group) {
         const Patches patches = {h,
                                  w,
@@ -170,16 +171,13 @@ bool grad_input_sparse(const Convolution& conv, const float* dy, const float* w,
 Fault convolution_grad_input(const Call& call) {
     const Operand &dy = call.in[0], &w = call.in[1], &dx = call.out[0];
     const Convolution conv(dx, w, dy, call.attr);
-    if (conv.is_depthwise()) {
-        depthwise_grad_input(conv, dy.f32(), w.f32(), dx.f32_mut(), reinterpret_cast<float*>(call.workspace));
-        return Fault::kNone;
-    }
     // Sized for the phase with the most taps.
     const size_t taps = workspace::phase_taps(size_t(conv.kernel_h), size_t(conv.stride_h), size_t(conv.dilation_h)) *
                         workspace::phase_taps(size_t(conv.kernel_w), size_t(conv.stride_w), size_t(conv.dilation_w));
     const Blocks blocks(call.workspace, taps * size_t(conv.group_out_channels()), size_t(conv.group_channels),
                         dx.elements / dx.last());
-    if (!kIsSmall && grad_input_sparse(conv, dy.f32(), w.f32(), dx.f32_mut(), blocks.weights, blocks.elements()))
+    if (!kIsSmall && !conv.is_depthwise() &&
+        grad_input_sparse(conv, dy.f32(), w.f32(), dx.f32_mut(), blocks.weights, blocks.elements()))
         return Fault::kNone;
     for (int32_t a = 0; a < conv.stride_h && a < conv.height; ++a) {
         const Axis h =

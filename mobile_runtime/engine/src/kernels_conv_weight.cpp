@@ -42,11 +42,10 @@ bool add_windows(const Convolution& conv, const Patches& patches, const float* d
     const TermLists terms(lists, room - room / 2, size_t(conv.out_channels));
     clear_floats(dw, size_t(conv.out_channels) * patches.depth());
     // The rows of dy are only read; a Target says where they lie.
-    band.each_block(conv.images, conv.out_target(const_cast<float*>(dy)),
-                    [&](const float** windows, float** rows, size_t count) {
-                        const WindowBlock block = {windows, rows, count, size_t(conv.out_channels), band.lines()};
-                        if (!add_sparse(block, terms, dw)) add_gradients(block, dw);
-                    });
+    band.each_block(conv.out_target(const_cast<float*>(dy)), [&](const float** windows, float** rows, size_t count) {
+        const WindowBlock block = {windows, rows, count, size_t(conv.out_channels), band.lines()};
+        if (!add_sparse(block, terms, dw)) add_gradients(block, dw);
+    });
     return true;
 }
 

@@ -5,6 +5,8 @@ namespace evensong {
 namespace EVENSONG_ISA {
 namespace {
 
+EVENSONG_INLINE int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+
 // One tile: kTileRows windows times kVectors vectors, for the whole depth, in registers. NaN passes the bounds.
 template <size_t kVectors>
 __attribute__((noinline)) void window_tile(const float* const* windows, Lines lines, const float* panel,
@@ -62,6 +64,101 @@ void multiply_windows(const float** windows, Lines lines, const float* panels, f
             } else {
                 window_tile<1>(windows + i, lines, panels, out + i, j, left_over, epilogue);
             }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- the band
+
+Band::Band(const Patches& patches, int32_t images, float* memory, size_t room)
+    : patches_(patches),
+      images_(images),
+      memory_(memory),
+      most_images_(images),
+      rows_(patches.h.grid),
+      columns_(patches.w.grid) {
+    const Axis &h = patches.h, &w = patches.w;
+    if (h.is_inside() && w.is_inside()) {
+        memory_ = nullptr;
+        line_ = size_t(w.source) * patches.channels;
+        return;
+    }
+    const size_t most_lines = room / (w.extent(columns_) * patches.channels), reach = h.extent(1);
+    if (most_lines >= reach) {
+        if (most_lines < h.extent(rows_)) rows_ = int32_t((most_lines - reach) / size_t(h.step)) + 1;
+        const size_t whole = rows_ == h.grid ? most_lines / h.extent(rows_) : 1;
+        if (whole < size_t(images)) most_images_ = int32_t(whole);
+    } else {
+        const size_t most_pixels = room / reach / patches.channels;
+        columns_ = most_pixels < w.extent(1) ? 0 : int32_t((most_pixels - w.extent(1)) / size_t(w.step)) + 1;
+        rows_ = most_images_ = 1;
+    }
+    line_ = w.extent(columns_) * patches.channels;
+}
+
+Band::Part Band::part_from(int32_t image, int32_t row, int32_t column) const {
+    return {image,
+            row,
+            column,
+            smaller(most_images_, images_ - image),
+            smaller(rows_, patches_.h.grid - row),
+            smaller(columns_, patches_.w.grid - column)};
+}
+
+void Band::visit(const Target& target, void (*body)(void*, const float**, float**, size_t), void* context) const {
+    const float* windows[kMostWindows];
+    float* places[kMostWindows];
+    const size_t step = size_t(patches_.w.step) * patches_.channels;
+    Part part = part_from(0, 0, 0);
+    while (part.images > 0) {
+        if (memory_) fill(part);
+        size_t count = 0;
+        for (int32_t line = 0; line < part.images * part.rows; ++line) {
+            const int32_t image = line / part.rows, row = line % part.rows;
+            const float* window = first_window(part, image, row);
+            float* place = target.at(part.image + image, part.row + row, part.column);
+            for (int32_t column = 0; column < part.columns; ++column) {
+                windows[count] = window;
+                places[count] = place;
+                window += step;
+                place += target.column_stride;
+                if (++count < kMostWindows) continue;
+                body(context, windows, places, count);
+                count = 0;
+            }
+        }
+        if (count) body(context, windows, places, count);
+        part.column += part.columns;
+        if (part.column == patches_.w.grid) part.column = 0, part.row += part.rows;
+        if (part.row == patches_.h.grid) part.row = 0, part.image += part.images;
+        part = part_from(part.image, part.row, part.column);
+    }
+}
+
+// Where the window of a row's first grid position lies, counted from the first image and row of the part.
+const float* Band::first_window(const Part& part, int32_t image, int32_t row) const {
+    const Axis &h = patches_.h, &w = patches_.w;
+    if (!memory_) return patches_.at(image, row * h.step + h.first, w.first);
+    return memory_ + (size_t(image) * h.extent(part.rows) + size_t(row) * size_t(h.step)) * line_;
+}
+
+void Band::fill(const Part& part) const {
+    const Axis &h = patches_.h, &w = patches_.w;
+    const size_t channels = patches_.channels;
+    const int32_t lines = int32_t(h.extent(part.rows)), width = int32_t(w.extent(part.columns));
+    const int32_t top = part.row * h.step + h.first, first = part.column * w.step + w.first;
+    const int32_t left = smaller(first < 0 ? -first : 0, width), end = smaller(width, w.source - first);
+    float* out = memory_;
+    for (int32_t image = part.image; image < part.image + part.images; ++image) {
+        for (int32_t y = top; y < top + lines; ++y, out += line_) {
+            if (y < 0 || y >= h.source || end <= left) {
+                clear_floats(out, line_);
+                continue;
+            }
+            const size_t begin = size_t(left) * channels, count = size_t(end - left) * channels;
+            clear_floats(out, begin);
+            copy_floats(out + begin, patches_.at(image, y, first + left), count);
+            clear_floats(out + begin + count, line_ - begin - count);
         }
     }
 }

@@ -15,8 +15,11 @@ struct Axis {
     int32_t step, first, delta, taps;
     int32_t kernel_first, kernel_step;
 
+    workspace::GridAxis of_grid() const { return {uint64_t(grid), uint64_t(step), uint64_t(taps), uint64_t(delta)}; }
+    // Source positions from the first to the last tap of that many grid positions.
+    size_t extent(int32_t positions) const { return size_t(of_grid().extent(uint64_t(positions))); }
     // No tap of any grid position falls into the padding.
-    bool is_inside() const { return first >= 0 && (grid - 1) * step + first + (taps - 1) * delta < source; }
+    bool is_inside() const { return first >= 0 && size_t(first) + extent(grid) <= size_t(source); }
 };
 
 // Where the result of each grid pixel goes: base + image * image_stride + row * row_stride + column * column_stride.

@@ -297,17 +297,29 @@ uint64_t group_norm_workspace(const Context& c) { return 4 * workspace::kChannel
 
 bool is_depthwise(const Context& c) { return c['D'] == 1 && uint64_t(c.attribute(6)) == c['O']; }
 
+uint64_t depthwise_workspace(const Context& c, bool backward) {
+    workspace::GridAxis axes[2];
+    for (uint32_t i = 0; i < 2; ++i) {
+        const uint64_t stride = uint64_t(c.attribute(i)), dilation = uint64_t(c.attribute(4 + i)), taps = c["KL"[i]];
+        axes[i] = {c["PQ"[i]], stride, taps, dilation};
+        if (!backward) continue;  // else the grid is that of the first phase of the stride
+        const uint64_t common = workspace::greatest_common_divisor(stride, dilation);
+        axes[i] = {(c["HW"[i]] + stride - 1) / stride, 1, workspace::phase_taps(taps, stride, dilation),
+                   dilation / common};
+    }
+    return 4 * workspace::depthwise_elements(c['N'], c['O'], axes[0], axes[1]);
+}
+
 uint64_t patches_and_weights(uint64_t depth, uint64_t pixels, uint64_t columns) {
     return workspace::round_up(workspace::weight_elements(depth, columns), 64) +
            workspace::patch_elements(depth, pixels);
 }
 
-uint64_t convolution_elements(const Context& c) {
-    uint64_t depth = c['K'] * c['L'] * c['D'];
-    if (is_depthwise(c)) return c['O'] * depth;
-    return patches_and_weights(depth, c['N'] * c['P'] * c['Q'], c['O'] / uint64_t(c.attribute(6)));
+uint64_t convolution_workspace(const Context& c) {
+    if (is_depthwise(c)) return depthwise_workspace(c, false);
+    return 4 *
+           patches_and_weights(c['K'] * c['L'] * c['D'], c['N'] * c['P'] * c['Q'], c['O'] / uint64_t(c.attribute(6)));
 }
-uint64_t convolution_workspace(const Context& c) { return 4 * convolution_elements(c); }
 uint64_t quantized_convolution_workspace(const Context& c) {
     uint64_t depth = c['K'] * c['L'] * c['D'];
     if (is_depthwise(c)) return 4 * c['O'] * (depth + 1);
@@ -321,13 +333,13 @@ uint64_t phase_depth(const Context& c) {
 }
 
 uint64_t convolution_grad_input_workspace(const Context& c) {
-    if (is_depthwise(c)) return 4 * c['O'] * c['K'] * c['L'];
+    if (is_depthwise(c)) return depthwise_workspace(c, true);
     return 4 * patches_and_weights(phase_depth(c), c['N'] * c['H'] * c['W'], c['D']);
 }
 
 uint64_t convolution_grad_weight_workspace(const Context& c) {
     uint64_t depth = c['K'] * c['L'] * c['D'];
-    if (is_depthwise(c)) return 4 * c['O'] * depth;
+    if (is_depthwise(c)) return depthwise_workspace(c, false);
     return 4 * workspace::patch_elements(depth, c['N'] * c['P'] * c['Q']);
 }
 

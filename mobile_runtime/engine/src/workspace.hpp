@@ -54,6 +54,26 @@ constexpr uint64_t weight_columns(uint64_t depth, uint64_t columns) {
 
 constexpr uint64_t weight_elements(uint64_t depth, uint64_t columns) { return depth * weight_columns(depth, columns); }
 
+// One axis of a grid: its positions, the source's step from one to the next and from tap to tap.
+struct GridAxis {
+    uint64_t positions, step, taps, delta;
+
+    constexpr uint64_t extent(uint64_t count) const { return (count - 1) * step + (taps - 1) * delta + 1; }
+};
+
+// The copy of what some pixels of a depthwise grid meet: of all, if that is not too much, or at least of one.
+constexpr uint64_t depthwise_band(uint64_t images, uint64_t channels, const GridAxis& h, const GridAxis& w) {
+    const uint64_t one = smaller(h.extent(1) * w.extent(1), 1 << 30) * channels;  // more does not fit any memory
+    const uint64_t pixels = smaller(h.extent(h.positions) * w.extent(w.positions), kPatchElements);
+    return larger(one, smaller(smaller(images * pixels, kPatchElements) * channels, kPatchElements));
+}
+
+// Places of taps, packed weights or their gradients, and the band.
+constexpr uint64_t depthwise_elements(uint64_t images, uint64_t channels, const GridAxis& h, const GridAxis& w) {
+    const uint64_t taps = h.taps * w.taps;
+    return round_up(taps, 16) + round_up(taps * channels, 16) + depthwise_band(images, channels, h, w);
+}
+
 // LINEAR_GRAD_WEIGHT: one panel, or a block of x and the terms of a block of a sparse dy.
 constexpr uint64_t linear_grad_weight_elements(uint64_t rows, uint64_t outputs, uint64_t inputs) {
     const uint64_t few = smaller(rows, kSparseRows), lists = smaller(outputs, kSparseColumns);

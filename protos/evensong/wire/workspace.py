@@ -55,15 +55,22 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
             w, dy = operands[:2]
             return _F32 * _linear_grad_weight_elements(dy.elements // w.dims[0], *w.dims)
         case "CONV2D":
-            return _conv_need(operands[1], op.attrs, pixels=prod(tensors[op.outputs[0]].dims[:3]), itemsize=_F32)
-        case "CONV2D_GRAD_INPUT":
-            return _conv_grad_input_need(operands[1], op.attrs, pixels=prod(tensors[op.outputs[0]].dims[:3]))
-        case "CONV2D_GRAD_WEIGHT":
-            weight = tensors[op.outputs[0]]
-            depth = prod(weight.dims[1:])
+            weight, y = operands[1], tensors[op.outputs[0]]
             if _depthwise(weight, op.attrs):
-                return _F32 * weight.elements
-            return _F32 * patch_elements(depth, prod(operands[0].dims[:3]))
+                return _F32 * _depthwise_elements(y, weight, op.attrs)
+            depth, columns = prod(weight.dims[1:]), weight.dims[0] // int(op.attrs[6])
+            return _F32 * (_round_up(weight_elements(depth, columns), 64) + patch_elements(depth, prod(y.dims[:3])))
+        case "CONV2D_GRAD_INPUT":
+            weight, dx = operands[1], tensors[op.outputs[0]]
+            if _depthwise(weight, op.attrs):
+                return _F32 * _depthwise_backward_elements(dx, weight, op.attrs)
+            depth, columns = _phase_depth(weight, op.attrs), weight.dims[3]
+            return _F32 * (_round_up(weight_elements(depth, columns), 64) + patch_elements(depth, prod(dx.dims[:3])))
+        case "CONV2D_GRAD_WEIGHT":
+            dy, weight = operands[0], tensors[op.outputs[0]]
+            if _depthwise(weight, op.attrs):
+                return _F32 * _depthwise_elements(dy, weight, op.attrs)
+            return _F32 * patch_elements(prod(weight.dims[1:]), prod(dy.dims[:3]))
         case "GRU" | "LSTM":
             return _F32 * recurrent_elements(operands[0].dims[0], *operands[1].dims)
         case "GRU_GRAD" | "LSTM_GRAD":
@@ -150,19 +157,32 @@ def gradient_step_bytes(outputs: int, columns: int) -> int:
     return sums + 2 * GRADIENT_PIXELS * (block + outputs + INT8_ROWS) + 4 * columns + INT8_SLACK
 
 
-def _conv_need(weight: Tensor, attrs: Sequence[int | float], *, pixels: int, itemsize: int) -> int:
-    depth = prod(weight.dims[1:])
-    if _depthwise(weight, attrs):
-        return itemsize * weight.elements
-    columns = weight.dims[0] // int(attrs[6])
-    return itemsize * (_round_up(weight_elements(depth, columns), 64) + patch_elements(depth, pixels))
+def _depthwise_elements(y: Tensor, weight: Tensor, attrs: Sequence[int | float]) -> int:
+    """Of the forward pass, and of the gradient in the weights."""
+    strides, dilations = (int(a) for a in attrs[:2]), (int(a) for a in attrs[4:6])
+    axes = list(zip(y.dims[1:3], strides, weight.dims[1:3], dilations, strict=True))
+    return _depthwise_grid_elements(y.dims[0], weight.dims[0], axes)
 
 
-def _conv_grad_input_need(weight: Tensor, attrs: Sequence[int | float], *, pixels: int) -> int:
-    if _depthwise(weight, attrs):
-        return _F32 * weight.elements
-    depth, columns = _phase_depth(weight, attrs), weight.dims[3]
-    return _F32 * (_round_up(weight_elements(depth, columns), 64) + patch_elements(depth, pixels))
+def _depthwise_backward_elements(dx: Tensor, weight: Tensor, attrs: Sequence[int | float]) -> int:
+    """Of the gradient in the input, whose grid is the first phase of the stride."""
+    axes = []
+    for size, taps, stride, dilation in zip(dx.dims[1:3], weight.dims[1:3], attrs[:2], attrs[4:6], strict=True):
+        stride, dilation = int(stride), int(dilation)
+        common = gcd(stride, dilation)
+        axes.append((-(-size // stride), 1, -(-taps // (stride // common)), dilation // common))
+    return _depthwise_grid_elements(dx.dims[0], weight.dims[0], axes)
+
+
+def _depthwise_grid_elements(images: int, channels: int, axes: Sequence[tuple[int, int, int, int]]) -> int:
+    """Places of taps, packed weights, and a copy of what some pixels meet, at least one. Each axis is (positions, step
+    in the source, taps, step from tap to tap)."""
+    reach = [(taps - 1) * delta + 1 for _, _, taps, delta in axes]
+    extent = [(positions - 1) * step + r for (positions, step, _, _), r in zip(axes, reach, strict=True)]
+    one = min(prod(reach), 1 << 30) * channels
+    pixels = min(images * min(prod(extent), PATCH_ELEMENTS), PATCH_ELEMENTS)
+    taps = axes[0][2] * axes[1][2]
+    return _round_up(taps, 16) + _round_up(taps * channels, 16) + max(one, min(pixels * channels, PATCH_ELEMENTS))
 
 
 def _phase_depth(weight: Tensor, attrs: Sequence[int | float]) -> int:
