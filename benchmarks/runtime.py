@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks import runtime_peers as peers
 from benchmarks.harness import Row, in_turns, wanted
+from benchmarks.int8_training import int8_training
 from benchmarks.products import products
 from benchmarks.runtime_peers import Floats
 from evensong.mobile_runtime import Session, compile, load
@@ -68,6 +69,7 @@ def run(only: str) -> Iterator[Row]:
         if wanted(f"inference_int8/{name}", only):
             yield inference_int8(name)
     yield from products(only)
+    yield from int8_training(MODELS, BATCH, only)
     if wanted("engine_library_kb", only):
         yield Row("engine_library_kb", library_path().stat().st_size / 1024, None, "KB", "lower")
     if wanted("import_client_seconds", only) or wanted("import_client_rss_mb", only):
