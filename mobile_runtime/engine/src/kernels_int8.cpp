@@ -297,24 +297,26 @@ EVENSONG_INLINE bool pool_window(const Call& call, const Window& window, int32_t
     return true;
 }
 
-// The first maximum of each channel and its place in the window: for training, one channel at a time.
+// The first maximum of each channel and its place in the window, for training.
 bool qmax_window_with_index(const Call& call, const Window& window) {
     const Operand& index = call.out[1];
-    for (size_t c = 0; c < window.channels; ++c) {
+    for (size_t c = 0; c < window.channels; c += kLanes) {
+        const size_t live = window.channels - c, at = window.pixel + c;
         const int8_t* line = call.in[0].i8() + window.first + c;
-        int32_t best = -129, place = 0;
-        for (int32_t h = 0; h < window.rows; ++h, line += window.line) {
+        Ints best = splat(-129), place = {};
+        for (int32_t h = 0, here = window.place; h < window.rows; ++h, here += window.kernel_w, line += window.line) {
             for (int32_t w = 0; w < window.columns; ++w) {
-                const int32_t value = line[size_t(w) * window.channels];
-                if (value > best) best = value, place = window.place + h * window.kernel_w + w;
+                const Ints value = load_bytes(line + size_t(w) * window.channels, live);
+                const Ints larger = value > best;
+                best = larger ? value : best;
+                place = larger ? splat(here + w) : place;
             }
         }
-        const size_t at = window.pixel + c;
-        call.out[0].i8_mut()[at] = int8_t(best);
+        store_bytes(call.out[0].i8_mut() + at, best, live);
         if (index.dtype == DType::kI32) {
-            index.i32_mut()[at] = place;
+            store_upto(index.f32_mut() + at, Floats(place), live);
         } else {
-            index.u8_mut()[at] = uint8_t(place);
+            store_bytes(index.i8_mut() + at, place, live);
         }
     }
     return true;

@@ -27,20 +27,67 @@ struct Panels {
     }
 };
 
+typedef int8_t Bytes16 __attribute__((vector_size(16)));
+typedef int16_t Shorts8 __attribute__((vector_size(16)));
+
+// Sixteen columns of kGroup rows, interleaved: each lane of 32 bits is one column, four bytes where the CPU multiplies
+// bytes, else two int16.
+EVENSONG_INLINE void interleave(const Bytes16* rows, Ints4* out) {
+#define EVENSONG_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define EVENSONG_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+    if (kGroup == 4) {
+        const Shorts8 a = Shorts8(__builtin_shufflevector(rows[0], rows[1], EVENSONG_LOW));
+        const Shorts8 b = Shorts8(__builtin_shufflevector(rows[kGroup - 2], rows[kGroup - 1], EVENSONG_LOW));
+        const Shorts8 c = Shorts8(__builtin_shufflevector(rows[0], rows[1], EVENSONG_HIGH));
+        const Shorts8 d = Shorts8(__builtin_shufflevector(rows[kGroup - 2], rows[kGroup - 1], EVENSONG_HIGH));
+        out[0] = Ints4(__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11));
+        out[1] = Ints4(__builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15));
+        out[2] = Ints4(__builtin_shufflevector(c, d, 0, 8, 1, 9, 2, 10, 3, 11));
+        out[3] = Ints4(__builtin_shufflevector(c, d, 4, 12, 5, 13, 6, 14, 7, 15));
+        return;
+    }
+    // Each byte beside its sign.
+    for (size_t half = 0; half < 2; ++half) {
+        const Bytes16 first = rows[0], second = rows[1];
+        const Bytes16 pairs = half ? __builtin_shufflevector(first, second, EVENSONG_HIGH)
+                                   : __builtin_shufflevector(first, second, EVENSONG_LOW);
+        const Bytes16 signs = pairs < 0;
+        out[2 * half] = Ints4(__builtin_shufflevector(pairs, signs, EVENSONG_LOW));
+        out[2 * half + 1] = Ints4(__builtin_shufflevector(pairs, signs, EVENSONG_HIGH));
+    }
+#undef EVENSONG_LOW
+#undef EVENSONG_HIGH
+}
+
+// `live` bytes of kGroup rows, sixteen at most; a null row is zero.
+EVENSONG_INLINE void load_rows(const int8_t* const* rows, size_t at, size_t live, Bytes16* out) {
+    for (size_t r = 0; r < kGroup; ++r) {
+        if (rows[r] && live >= 16) {
+            out[r] = load_as<Bytes16>(rows[r] + at);
+            continue;
+        }
+        int8_t buffer[16] = {};
+        if (rows[r]) {
+            for (size_t c = 0; c < live; ++c) buffer[c] = rows[r][at + c];
+        }
+        out[r] = load_as<Bytes16>(buffer);
+    }
+}
+
 // Writes one group: kGroup rows of `columns` int8, interleaved; a null row is zero. Whole panels are written.
 __attribute__((noinline)) void pack_group(const Panels& panels, size_t group, const int8_t* const* rows,
                                           size_t columns) {
     for (size_t first = 0; first < columns; first += kPanelColumns) {
         WeightCell* to = panels.at(first, group);
-        const size_t live = columns - first < kPanelColumns ? columns - first : kPanelColumns;
-        if (live < kPanelColumns) __builtin_memset(to, 0, kPanelColumns * kGroup * sizeof(WeightCell));
-        for (size_t r = 0; r < kGroup; ++r) {
-            const int8_t* row = rows[r];
-            if (row) {
-                for (size_t c = 0; c < live; ++c) to[c * kGroup + r] = row[first + c];
-            } else {
-                for (size_t c = 0; c < live; ++c) to[c * kGroup + r] = 0;
+        for (size_t c = 0; c < kPanelColumns; c += 16) {
+            Ints4 lanes[4] = {};
+            const size_t at = first + c;
+            if (at < columns) {
+                Bytes16 bytes[kGroup];
+                load_rows(rows, at, columns - at, bytes);
+                interleave(bytes, lanes);
             }
+            for (size_t i = 0; i < 4 && c + 4 * i < kPanelColumns; ++i) store_as(to + (c + 4 * i) * kGroup, lanes[i]);
         }
     }
 }
@@ -380,12 +427,23 @@ struct Step {
 // Gradients of some pixels, turned: cells [outputs, pixels].
 __attribute__((noinline)) void turn_gradients(const int8_t* g, size_t stride, size_t pixels, size_t outputs,
                                               Cell* cells) {
-    constexpr size_t kStep = 16;
-    for (size_t o = 0; o < outputs; ++o) {
-        int8_t line[kPixels + kStep] = {};
-        for (size_t m = 0; m < pixels; ++m) line[m] = g[m * stride + o];
-        const size_t groups = (pixels + kGroup - 1) / kGroup;
-        for (size_t m = 0; m < groups * kGroup; m += kStep) copy_step(cells + o * kPixels + m, line + m);
+#if defined(EVENSONG_UNSIGNED_DOT)
+    constexpr int32_t kOffset = int32_t(0x80808080);
+#else
+    constexpr int32_t kOffset = 0;
+#endif
+    for (size_t m = 0; m < pixels; m += kGroup) {
+        const int8_t* rows[kGroup] = {};
+        for (size_t i = 0; i < kGroup && m + i < pixels; ++i) rows[i] = g + (m + i) * stride;
+        for (size_t o = 0; o < outputs; o += 16) {
+            Bytes16 bytes[kGroup];
+            Ints4 lanes[4];
+            load_rows(rows, o, outputs - o, bytes);
+            interleave(bytes, lanes);
+            for (size_t i = 0; i < 16 && o + i < outputs; ++i) {
+                store_as(cells + (o + i) * kPixels + m, lanes[i / 4][i % 4] ^ kOffset);
+            }
+        }
     }
 }
 
@@ -404,9 +462,10 @@ EVENSONG_INLINE void step_group(const Call& call, const Step& step, const int8_t
     int8_t* patches = reinterpret_cast<int8_t*>(cells + (outputs + kRows) * kPixels);
     const bool is_one_block = pixels <= kPixels;
     if (is_one_block) turn_gradients(g, g_stride, pixels, outputs, cells);
-    __builtin_memset(totals, 0, outputs * sizeof(int32_t));
-    for (size_t m = 0; m < pixels; ++m) {
-        for (size_t o = 0; o < outputs; ++o) totals[o] += g[m * g_stride + o];
+    for (size_t o = 0; o < outputs; o += kLanes) {
+        Ints total = {};
+        for (size_t m = 0; m < pixels; ++m) total += load_bytes(g + m * g_stride + o, outputs - o);
+        for (size_t lane = 0; lane < kLanes && o + lane < outputs; ++lane) totals[o + lane] = total[lane];
     }
     for (size_t first = 0; first < columns; first += block) {
         const size_t width = columns - first < block ? columns - first : block;
@@ -455,24 +514,35 @@ EVENSONG_INLINE void step_group(const Call& call, const Step& step, const int8_t
 // The patch of x under one output pixel, [kernel_h, kernel_w, group_channels]; padding is the zero point.
 __attribute__((noinline)) const int8_t* patch_of(const Sizes& s, const int8_t* x, int8_t zero_point, size_t group,
                                                  size_t pixel, int8_t* buffer) {
-    const size_t per_image = size_t(s.out_height) * size_t(s.out_width);
-    const int32_t top = int32_t(pixel % per_image / size_t(s.out_width)) * s.stride_h - s.pad_top;
-    const int32_t left = int32_t(pixel % size_t(s.out_width)) * s.stride_w - s.pad_left;
-    const int8_t* image =
-        x + pixel / per_image * size_t(s.height) * size_t(s.width) * s.channels + group * s.group_channels;
+    const uint32_t at = uint32_t(pixel), width = uint32_t(s.out_width), height = uint32_t(s.out_height);
+    const int32_t top = int32_t(at / width % height) * s.stride_h - s.pad_top;
+    const int32_t left = int32_t(at % width) * s.stride_w - s.pad_left;
+    const size_t part = s.group_channels, line = size_t(s.width) * s.channels;
+    const int8_t* image = x + size_t(at / width / height) * size_t(s.height) * line + group * part;
     if (s.taps() == 1 && top >= 0 && top < s.height && left >= 0 && left < s.width) {
-        return image + (size_t(top) * size_t(s.width) + size_t(left)) * s.channels;
+        return image + size_t(top) * line + size_t(left) * s.channels;
     }
+    // Taps [begin, end) of a line lie in the image; they are one run where nothing lies between them.
+    int32_t begin = 0, end = s.kernel_w;
+    while (begin < end && left + begin * s.dilation_w < 0) ++begin;
+    while (end > begin && left + (end - 1) * s.dilation_w >= s.width) --end;
+    const bool is_run = s.dilation_w == 1 && part == s.channels;
+    const size_t run = is_run ? size_t(end - begin) * part : part;
     int8_t* to = buffer;
-    for (int32_t i = 0; i < s.kernel_h; ++i) {
+    for (int32_t i = 0; i < s.kernel_h; ++i, to += size_t(s.kernel_w) * part) {
         const int32_t row = top + i * s.dilation_h;
-        for (int32_t j = 0; j < s.kernel_w; ++j, to += s.group_channels) {
-            const int32_t column = left + j * s.dilation_w;
-            if (row < 0 || row >= s.height || column < 0 || column >= s.width) {
-                __builtin_memset(to, zero_point, s.group_channels);
+        const bool is_inside = row >= 0 && row < s.height;
+        if (!is_inside || begin > 0 || end < s.kernel_w) {
+            __builtin_memset(to, zero_point, size_t(s.kernel_w) * part);
+            if (!is_inside) continue;
+        }
+        for (int32_t j = begin; j < end; j += is_run ? end - begin : 1) {
+            const int8_t* from = image + size_t(row) * line + size_t(left + j * s.dilation_w) * s.channels;
+            int8_t* out = to + size_t(j) * part;
+            if (run < 16) {  // a call would cost more
+                for (size_t k = 0; k < run; ++k) out[k] = from[k];
             } else {
-                __builtin_memcpy(to, image + (size_t(row) * size_t(s.width) + size_t(column)) * s.channels,
-                                 s.group_channels);
+                __builtin_memcpy(out, from, run);
             }
         }
     }

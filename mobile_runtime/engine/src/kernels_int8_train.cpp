@@ -158,16 +158,21 @@ Fault scale(const Call& call) {
     const int8_t* g = call.in[0].i8();
     const float* w_scale = call.in[1].f32();
     const size_t row = call.in[1].elements;
-    // A vector may meet the end of the row: its factors are gathered, in a loop that counts along.
+    // A vector may meet the end of the row: its factors are gathered. Elements come in order, so the place in the row
+    // is counted along.
     float factors[kLanes];
+    size_t at = 0;
     const auto value = [&](size_t i, size_t live) {
-        const size_t at = i % row;
-        if (at + kLanes <= row) return to_float(load_bytes(g + i, live)) * load(w_scale + at);
-        for (size_t lane = 0, j = at; lane < kLanes; ++lane) {
+        if (i == 0) at = 0;
+        const Floats stored = to_float(load_bytes(g + i, live));
+        const size_t here = at;
+        for (at += kLanes; at >= row;) at -= row;
+        if (here + kLanes <= row) return stored * load(w_scale + here);
+        for (size_t lane = 0, j = here; lane < kLanes; ++lane) {
             factors[lane] = w_scale[j];
             j = j + 1 == row ? 0 : j + 1;
         }
-        return to_float(load_bytes(g + i, live)) * load(factors);
+        return stored * load(factors);
     };
     const float own = onto_own_scale(call, call.attr[2].i, value);
     if (own == __builtin_inff()) return Fault::kNotFinite;
@@ -202,19 +207,27 @@ Fault bias_gradient(const Call& call) {
     return Fault::kNone;
 }
 
-// Windows do not overlap: the verifier saw to it.
+// Windows do not overlap: the verifier saw to it. Every place of a window takes the gradient or zero.
 bool scatter_window(const Call& call, const Window& window) {
     const Operand& index = call.in[1];
-    int8_t* dx = call.out[0].i8_mut() + window.first;
     bool sound = true;
-    for (size_t c = 0; c < window.channels; ++c) {
-        const size_t at = window.pixel + c;
-        const int32_t place = index.dtype == DType::kI32 ? index.i32()[at] : index.u8()[at];
-        const int32_t inside = place - window.place;
-        const int32_t h = inside >= 0 ? inside / window.kernel_w : -1, w = inside - h * window.kernel_w;
-        const bool is_real = h >= 0 && h < window.rows && w < window.columns;
-        if (is_real) dx[size_t(h) * window.line + size_t(w) * window.channels + c] = call.in[0].i8()[at];
-        sound &= is_real;
+    for (size_t c = 0; c < window.channels; c += kLanes) {
+        const size_t at = window.pixel + c, live = window.channels - c;
+        const Ints places = index.dtype == DType::kI32 ? Ints(load_upto(index.f32() + at, live))
+                                                       : load_bytes(index.i8() + at, live) & 0xff;
+        const Ints g = load_bytes(call.in[0].i8() + at, live);
+        Ints found = {};
+        int8_t* line = call.out[0].i8_mut() + window.first + c;
+        for (int32_t h = 0, place = window.place; h < window.rows; ++h, place += window.kernel_w) {
+            for (int32_t w = 0; w < window.columns; ++w) {
+                const Ints here = places == splat(place + w);
+                store_bytes(line + size_t(w) * window.channels, here & g, live);
+                found |= here;
+            }
+            line += window.line;
+        }
+        if (live < kLanes) found = lane_numbers() < splat(int32_t(live)) ? found : splat(-1);
+        sound &= !any(~found);
     }
     return sound;
 }
