@@ -285,6 +285,36 @@ def _avg_pool(c: Case) -> None:
     c.finish(**p.attrs, count_include_pad=c.size(0, 1))
 
 
+# ------------------------------------------------------------------------------------------------- attention
+
+
+@_case("MATMUL")
+def _matmul(c: Case) -> None:
+    lead, rows, depth, columns, transpose = c.size(1, 3), _big(c), _big(c), _big(c), c.size(0, 2)
+    c.input(1, lead, *((depth, rows) if transpose == 1 else (rows, depth)))
+    c.input(1, lead, *((columns, depth) if transpose == 2 else (depth, columns)))
+    c.output(1, lead, rows, columns)
+    c.finish(transpose=transpose)
+
+
+@_case("ATTENTION", "ATTENTION_GRAD")
+def _attention(c: Case) -> None:
+    queries, keys, heads, size, other = _big(c), _big(c), c.size(1, 3), c.size(1, 18), c.size(1, 18)
+    q, k, v = (1, queries, heads, size), (1, keys, heads, size), (1, keys, heads, other)
+    if c.name == "ATTENTION_GRAD":
+        c.input(1, queries, heads, other)
+    for dims in (q, k, v):
+        c.input(*dims, value=c.floats(*c.live(dims, True)) / np.float32(2))
+    if c.name == "ATTENTION":
+        c.output(1, queries, heads, other)
+        c.maybe(1, queries, heads)
+    else:
+        c.input(1, queries, heads, value=2 + np.abs(c.floats(*c.live((1, queries, heads), True))))
+        for dims in (q, k, v):
+            c.output(*dims)
+    c.finish(causal=c.size(0, 1), scale=0.5)
+
+
 # ------------------------------------------------------------------------------------------------- recurrent
 
 

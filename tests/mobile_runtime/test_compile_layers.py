@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,10 +106,113 @@ class TimeFirst(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x.transpose(0, 1))[0].transpose(0, 1)
+        results = self.layer(x.transpose(0, 1))
+        states = results[0] if isinstance(results, tuple) else results
+        return states.transpose(0, 1)
+
+
+class Attends(nn.Module):
+    """Self-attention, or attention to the first steps, of a layer of torch."""
+
+    def __init__(self, cross: bool = False, causal: bool = False, masked: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+        self.cross, self.causal, self.masked = cross, causal, masked
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keys = x[:, :4] if self.cross else x
+        mask = None
+        if self.causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        elif self.masked:
+            mask = torch.arange(6)[:, None] + 2 < torch.arange(keys.shape[1])
+        return self.layer(x, keys, keys, attn_mask=mask, is_causal=self.causal)[0]
+
+
+class AttentionWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(4, 2, batch_first=True, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, weights = self.layer(x, x.tanh(), x)
+        return torch.cat([y, weights], dim=-1)
+
+
+class EncoderDecoder(nn.Module):
+    """torch's encoder and decoder layers; the decoder sees earlier steps only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, activation="gelu")
+        self.decoder = nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(4)
+        return self.decoder(x[:, :4], self.encoder(x), tgt_mask=mask, tgt_is_causal=True)
+
+
+def dot_product(**options: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(-1, (2, 2)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(heads, heads.tanh(), 2 * heads, **options)
+        return y.transpose(1, 2).flatten(2)
+
+    return run
+
+
+class ClassToken(nn.Module):
+    """A learned step before those of every example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+
+
+class Mixer(nn.Module):
+    """A weight from the left: over the steps instead of the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight @ x
 
 
 SEQUENCE = {
+    "attention": Attends(),
+    "attention, causal": Attends(causal=True),
+    "attention, masked": Attends(masked=True),
+    "attention to others": Attends(cross=True),
+    "attention without bias": Attends(cross=True, bias=False),
+    "attention of other sizes": Attends(kdim=4, vdim=4),
+    "attention weights": AttentionWeights(),
+    "attention, time first": TimeFirst(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)),
+    "encoder and decoder": EncoderDecoder(),
+    "dot product": dot_product(),
+    "dot product, causal": dot_product(is_causal=True, scale=0.3),
+    "dot product, masked": dot_product(attn_mask=torch.ones(6, 6).tril(2).bool()),
+    "dot product, causal by its mask": dot_product(attn_mask=torch.ones(6, 6).tril().bool()),
+    "dot product, biased": dot_product(attn_mask=torch.arange(36.0).reshape(6, 6) / 9),
+    "dot product of one head": lambda x: F.scaled_dot_product_attention(x, x.tanh(), x),
+    "dot product over itself": lambda x: F.scaled_dot_product_attention(
+        x.tanh(), x, x, attn_mask=x @ x.transpose(1, 2)
+    ),
+    "bmm": lambda x: torch.bmm(x, torch.tanh(x).transpose(1, 2)),
+    "matmul": lambda x: torch.softmax(x @ x.mT, dim=-1) @ x,
+    "matmul, left transposed": lambda x: x.mT @ torch.tanh(x),
+    "matmul of heads": lambda x: (
+        x.view(-1, 6, 2, 2).transpose(1, 2) @ torch.tanh(x.view(-1, 6, 2, 2)).permute(0, 2, 3, 1)
+    ),
+    "einsum": lambda x: torch.einsum("nij,nkj->nik", x, torch.tanh(x)),
+    "einsum with weights": lambda x: torch.einsum("nij,jk->nki", x, torch.arange(12.0).reshape(4, 3) / 9),
+    "class token": ClassToken(),
+    "constants as large as the batch": lambda x: torch.cat([x + torch.ones(x.shape[0], 1, 4), torch.zeros_like(x)], 1),
+    "weight from the left": Mixer(),
     "gru": Recurrent(nn.GRU(4, 5, batch_first=True)),
     "gru deep": Recurrent(nn.GRU(4, 3, num_layers=2, batch_first=True, dropout=0.0), "both"),
     "gru both ways": Recurrent(nn.GRU(4, 3, num_layers=2, batch_first=True, bidirectional=True), "last"),

@@ -145,7 +145,7 @@ _IN_TORCH = [
     *(("image", name) for name in ("transposed conv", "transposed conv options", "transposed conv depthwise")),
     *(("image", name) for name in ("transposed conv dilated", "group norm", "instance norm", "standardised")),
     *(("vector", name) for name in ("rms norm", "exp and log", "powers", "sign", "largest and smallest")),
-    *(("sequence", name) for name in ("gru deep", "lstm both ways")),
+    *(("sequence", name) for name in ("gru deep", "lstm both ways", "encoder and decoder", "class token", "matmul")),
 ]
 
 
@@ -174,8 +174,8 @@ def test_float_operations_are_those_of_the_twin(kind: str, name: str) -> None:
 def test_qat_refuses_what_it_cannot_go_through() -> None:
     model, x = nn.EmbeddingBag(5, 3, mode="mean"), torch.zeros(4, 2, dtype=torch.int64)
     graph = _graph(model, x)
-    graph.add("FILL", [], [Value((1,))], "somewhere", value=0.0)
-    with pytest.raises(UnsupportedOperation, match=r"FILL \(somewhere\).*PostTrainingInt8"):
+    graph.add("SUM_ROWS", [Value((2, 1))], [Value((1,))], "somewhere")
+    with pytest.raises(UnsupportedOperation, match=r"SUM_ROWS \(somewhere\).*PostTrainingInt8"):
         check_supported(graph)
 
 

@@ -71,9 +71,17 @@ def test_an_unknown_use_is_explained(function: Callable[[torch.Tensor], torch.Te
         (nn.LSTM(6, 4, batch_first=True), lambda layer, x: layer(x)[1][1][0], "last cell states"),
         (nn.LSTM(6, 4, proj_size=2, batch_first=True), lambda layer, x: layer(x)[0], "projections"),
         (nn.GRU(6, 6, batch_first=True), lambda layer, x: layer(x, x.transpose(0, 1))[0], "starts from a given state"),
+        (
+            nn.MultiheadAttention(6, 2, batch_first=True),
+            lambda layer, x: layer(x, x, x, key_padding_mask=x[:, :, 0] > 0)[0],
+            "key_padding_mask",
+        ),
+        (nn.MultiheadAttention(6, 2, batch_first=True, add_zero_attn=True), lambda layer, x: layer(x, x, x)[0], "zero"),
+        (nn.Linear(6, 6), lambda layer, x: torch.einsum("nij,nkl->nil", x, layer(x)), "no matrix product"),
+        (nn.Linear(6, 6), lambda layer, x: x.transpose(0, 1) @ layer(x).transpose(0, 1).mT, "examples"),
     ],
 )
-def test_recurrent_layers_have_their_limits(
+def test_layers_over_sequences_have_their_limits(
     layer: nn.Module, run: Callable[[nn.Module, torch.Tensor], torch.Tensor], told: str
 ) -> None:
     class Model(nn.Module):
@@ -84,7 +92,7 @@ def test_recurrent_layers_have_their_limits(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return run(self.layer, x[:, None])
 
-    with pytest.raises(UnsupportedOperation, match=told):
+    with pytest.raises(CompileError, match=told):
         compile(Model(), X)
 
 

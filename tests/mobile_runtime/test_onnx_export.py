@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_compile_layers import IMAGE, SIGNAL, VECTOR, Between
+from test_compile_layers import IMAGE, SEQUENCE, SIGNAL, VECTOR, Between
 from test_compile_qat import MODELS, _model
 
 from evensong.mobile_runtime import load, to_onnx
@@ -34,6 +34,7 @@ def _run(session: Session, x: np.ndarray) -> np.ndarray:
 LAYERS: dict[str, tuple[Any, nn.Module, tuple[int, ...]]] = {
     **{f"image: {name}": (layer, nn.Conv2d(2, 4, 3, padding=1), (2, 7, 5)) for name, layer in IMAGE.items()},
     **{f"signal: {name}": (layer, nn.Conv1d(2, 4, 3, padding=1), (2, 6)) for name, layer in SIGNAL.items()},
+    **{f"sequence: {name}": (layer, nn.Linear(2, 4), (6, 2)) for name, layer in SEQUENCE.items()},
     **{f"vector: {name}": (layer, nn.Linear(4, 6), (4,)) for name, layer in VECTOR.items()},
 }
 

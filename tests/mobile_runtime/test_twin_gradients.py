@@ -174,6 +174,24 @@ def test_layer_norm(seed: int) -> None:
 
 
 @few
+@given(seeds, st.integers(0, 1), st.integers(1, 5))
+def test_attention(seed: int, causal: int, keys: int) -> None:
+    q, k, v = normal(seed, 2, 4, 2, 3), normal(seed + 1, 2, keys, 2, 3), normal(seed + 2, 2, keys, 2, 5)
+
+    def forward(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        return KERNELS["ATTENTION"](call(), q, k, v, causal=causal, scale=0.7)
+
+    y, lse = forward(q, k, v)
+
+    def backward(dy: Array) -> tuple[Array, Array, Array]:
+        return KERNELS["ATTENTION_GRAD"](call(), dy.reshape(y.shape), q, k, v, lse, causal=causal, scale=0.7)
+
+    assert_gradient(lambda u: forward(u, k, v)[0], q, lambda dy: backward(dy)[0])
+    assert_gradient(lambda u: forward(q, u, v)[0], k, lambda dy: backward(dy)[1])
+    assert_gradient(lambda u: forward(q, k, u)[0], v, lambda dy: backward(dy)[2])
+
+
+@few
 @given(seeds, st.sampled_from([1, 2, 6]))
 def test_group_norm(seed: int, groups: int) -> None:
     x, gamma, beta = normal(seed, 2, 4, 6), normal(seed + 1, 6), normal(seed + 2, 6)

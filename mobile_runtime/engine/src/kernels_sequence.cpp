@@ -1,6 +1,7 @@
 // What the drivers of sequence.hpp call, for one instruction set.
 #include "gemm.hpp"
 #include "sequence.hpp"
+#include "sums.hpp"
 #include "vec_math.hpp"
 
 namespace evensong {
@@ -42,6 +43,42 @@ void by_vector(const float* x, const float* w, size_t columns, size_t depth, flo
 }
 
 constexpr Products kProducts = {pack, by_panels, by_rows, by_columns, by_vector, bias_gradient};
+
+// ------------------------------------------------------------------------------------------------- attention
+
+// row = e^(scale * row - shift); returns its sum.
+__attribute__((noinline)) double raise(float* row, size_t count, float scale, float shift) {
+    return sum_elements(count, [=](size_t j, size_t live) {
+        const Floats power = exponential(load_upto(row + j, live) * scale - shift);
+        store_upto(row + j, power, live);
+        return power;
+    });
+}
+
+float soften(float* row, size_t count, float scale) {
+    Floats most = splat(row[0] * scale);
+    for (size_t j = 0; j < count; j += kLanes) {
+        most = maximum(most, keep_first(load_upto(row + j, count - j) * scale, count - j, row[0] * scale));
+    }
+    const float largest = max_lanes(most);
+    const double sum = raise(row, count, scale, largest);
+    const float inverse = float(1.0 / sum);
+    for (size_t j = 0; j < count; j += kLanes) store_upto(row + j, load_upto(row + j, count - j) * inverse, count - j);
+    return largest + logarithm(splat(float(sum)))[0];
+}
+
+void soften_back(float* row, float* drow, size_t count, float scale, float lse) {
+    raise(row, count, scale, lse);
+    Floats sums = {};
+    for (size_t j = 0; j < count; j += kLanes) sums += load_upto(row + j, count - j) * load_upto(drow + j, count - j);
+    const float mean = sum_lanes(sums);
+    for (size_t j = 0; j < count; j += kLanes) {
+        const size_t live = count - j;
+        store_upto(drow + j, load_upto(row + j, live) * (load_upto(drow + j, live) - mean) * scale, live);
+    }
+}
+
+constexpr Scores kScores = {soften, soften_back};
 
 // ------------------------------------------------------------------------------------------------- recurrent cells
 
@@ -130,6 +167,9 @@ constexpr Cells kCells = {gru_cell, gru_cell_back, lstm_cell, lstm_cell_back, ls
 
 void register_sequence(Kernel* table);
 void register_sequence(Kernel* table) {
+    table[op::MATMUL] = [](const Call& call) { return evensong::matmul(call, kProducts); };
+    table[op::ATTENTION] = [](const Call& call) { return evensong::attention(call, kProducts, kScores); };
+    table[op::ATTENTION_GRAD] = [](const Call& call) { return evensong::attention_grad(call, kProducts, kScores); };
     table[op::GRU] = [](const Call& call) { return evensong::gru(call, kProducts, kCells); };
     table[op::GRU_GRAD] = [](const Call& call) { return evensong::gru_grad(call, kProducts, kCells); };
     table[op::LSTM] = [](const Call& call) { return evensong::lstm(call, kProducts, kCells); };

@@ -13,6 +13,9 @@ constexpr uint16_t LINEAR_GRAD_WEIGHT = 3;
 constexpr uint16_t CONV2D = 4;
 constexpr uint16_t CONV2D_GRAD_INPUT = 5;
 constexpr uint16_t CONV2D_GRAD_WEIGHT = 6;
+constexpr uint16_t MATMUL = 7;
+constexpr uint16_t ATTENTION = 8;
+constexpr uint16_t ATTENTION_GRAD = 9;
 constexpr uint16_t MAX_POOL2D = 10;
 constexpr uint16_t MAX_POOL2D_GRAD = 11;
 constexpr uint16_t AVG_POOL2D = 12;
@@ -131,6 +134,9 @@ inline constexpr Signature kSignatures[] = {
     {4, 2, 3, 1, 1, 8, 0, 0, 0, "CONV2D"},
     {5, 2, 2, 1, 1, 7, 0, 0, 0, "CONV2D_GRAD_INPUT"},
     {6, 2, 2, 1, 2, 7, 0, 0, 0, "CONV2D_GRAD_WEIGHT"},
+    {7, 2, 2, 1, 1, 1, 0, 0, 0, "MATMUL"},
+    {8, 3, 3, 1, 2, 2, 0, 0, 0, "ATTENTION"},
+    {9, 5, 5, 3, 3, 2, 0, 0, 0, "ATTENTION_GRAD"},
     {10, 1, 1, 1, 2, 6, 0, 0, 0, "MAX_POOL2D"},
     {11, 2, 2, 1, 1, 6, 0, 0, 0, "MAX_POOL2D_GRAD"},
     {12, 1, 1, 1, 1, 7, 0, 0, 0, "AVG_POOL2D"},

@@ -55,6 +55,19 @@ struct Cells {
     void (*lstm_state)(const float* gates, const float* before, float* after, size_t hidden);
 };
 
+// ------------------------------------------------------------------------------------------------- attention
+
+struct Scores {
+    // row[count] = softmax(scale * row); returns the logarithm of the sum of e^(scale * row)
+    float (*soften)(float* row, size_t count, float scale);
+    // row = e^(scale * row - lse), the weights; drow, their gradient, becomes that of the products
+    void (*soften_back)(float* row, float* drow, size_t count, float scale, float lse);
+};
+
+Fault matmul(const Call& call, const Products& products);
+Fault attention(const Call& call, const Products& products, const Scores& scores);
+Fault attention_grad(const Call& call, const Products& products, const Scores& scores);
+
 Fault gru(const Call& call, const Products& products, const Cells& cells);
 Fault gru_grad(const Call& call, const Products& products, const Cells& cells);
 Fault lstm(const Call& call, const Products& products, const Cells& cells);

@@ -65,6 +65,17 @@ const char* check_convolution(const Context& c) {
     return nullptr;
 }
 
+const char* check_matmul(const Context& c) {
+    int64_t transpose = c.attribute(0);
+    uint64_t rows = c[transpose == 1 ? 'D' : 'C'], depth = c[transpose == 1 ? 'C' : 'D'];
+    uint64_t columns = c[transpose == 2 ? 'E' : 'F'], other = c[transpose == 2 ? 'F' : 'E'];
+    if (transpose > 2 || depth != other || rows != c['M'] || columns != c['N']) return "the matrices do not fit";
+    for (const char* letter = "CDEFMN"; *letter; ++letter) {
+        if (c.batched(*letter)) return "it goes over the batch";
+    }
+    return nullptr;
+}
+
 const char* check_pool(const Context& c) {
     for (int axis = 0; axis < 2; ++axis) {
         int64_t kernel = c.attribute(axis), stride = c.attribute(2 + axis), padding = c.attribute(4 + axis);
@@ -293,6 +304,14 @@ uint64_t recurrent_grad_workspace(const Context& c) {
     return 4 * workspace::recurrent_grad_elements(c['N'], c['G'], c['H']);
 }
 
+uint64_t matmul_workspace(const Context& c) {
+    return 4 * workspace::matmul_elements(c.attribute(0) == 1 ? c['C'] : c['D'], c['N'], c.attribute(0) == 2);
+}
+uint64_t attention_workspace(const Context& c) { return 4 * workspace::attention_elements(c['S'], c['D']); }
+uint64_t attention_grad_workspace(const Context& c) {
+    return 4 * workspace::attention_grad_elements(c['S'], c['D'], c['E']);
+}
+
 uint64_t group_norm_workspace(const Context& c) { return 4 * workspace::kChannelSums * c['C']; }
 
 bool is_depthwise(const Context& c) { return c['D'] == 1 && uint64_t(c.attribute(6)) == c['O']; }
@@ -376,6 +395,10 @@ constexpr Rule kRules[] = {
      convolution_grad_input_workspace},
     {op::CONV2D_GRAD_WEIGHT, "fNPQO fNHWC > fOKLD fO? | ssppsss", check_convolution, "NPQOKLD",
      convolution_grad_weight_workspace},
+    {op::MATMUL, "f*BCD f*BEF > f*BMN | n", check_matmul, "BCDN", matmul_workspace},
+    {op::ATTENTION, "fNTHD fNSHD fNSHE > fNTHE fNTH? | bf", nullptr, "NTSHD", attention_workspace},
+    {op::ATTENTION_GRAD, "fNTHE fNTHD fNSHD fNSHE fNTH > fNTHD fNSHD fNSHE | bf", nullptr, "NTSHD",
+     attention_grad_workspace},
     {op::MAX_POOL2D, "fNHWC > fNPQC jNPQC? | sssspp", check_pool, "NPQC01"},
     {op::MAX_POOL2D_GRAD, "fNPQC jNPQC > fNHWC | sssspp", check_pool},
     {op::AVG_POOL2D, "fNHWC > fNPQC | ssssppb", check_pool, "NPQC01"},

@@ -21,6 +21,7 @@ constexpr uint64_t kDotSequences = 4;     // a recurrent layer with at most this
 constexpr uint64_t kSparseRows = 32;      // rows of x that a product with a sparse dy takes at a time
 constexpr uint64_t kSparseColumns = 256;  // columns of x, and of dy
 
+constexpr uint64_t kQueries = 48;     // queries that attention takes at a time
 constexpr uint64_t kChannelSums = 4;  // numbers for each channel that a group norm keeps
 
 constexpr uint64_t kInt8Weights = 64 * 1024;  // weights of one packed block of an int8 product, if one panel fits
@@ -118,6 +119,21 @@ constexpr uint64_t gradient_columns(uint64_t outputs, uint64_t columns) {
 constexpr uint64_t gradient_step_bytes(uint64_t outputs, uint64_t columns) {
     return 4 * ((outputs + 1) * gradient_columns(outputs, columns) + round_up(outputs, 16)) +
            2 * kGradientPixels * (gradient_columns(outputs, columns) + outputs + kInt8Rows) + 4 * columns + kInt8Slack;
+}
+
+// A matrix product: the whole right matrix packed, if it is transposed, else one panel of it.
+constexpr uint64_t matmul_elements(uint64_t depth, uint64_t columns, bool is_transposed) {
+    return depth * (is_transposed ? round_up(columns, kPanel) : kPanel);
+}
+
+// Attention: the keys of one head packed, a block of scores, a panel of values.
+constexpr uint64_t attention_elements(uint64_t keys, uint64_t size) {
+    return size * round_up(keys, kPanel) + (kQueries + kPanel) * keys;
+}
+
+// Its gradient: keys and values packed, two blocks of scores, a panel.
+constexpr uint64_t attention_grad_elements(uint64_t keys, uint64_t size, uint64_t value_size) {
+    return (size + value_size) * round_up(keys, kPanel) + 2 * kQueries * keys + kPanel * larger(keys, kQueries);
 }
 
 // Taps of the kernel that the pixels of one phase of the stride meet, along one axis.

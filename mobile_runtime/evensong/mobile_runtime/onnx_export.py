@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evensong.mobile_runtime import onnx_input
+from evensong.mobile_runtime import onnx_input, onnx_sequence
 from evensong.mobile_runtime.errors import ProgramError
 from evensong.mobile_runtime.session import Session
 from evensong.wire.program import OPS, Activation, DType, Op, Program, Region, Tensor
@@ -332,6 +332,15 @@ def _softmax(kind: str) -> Rule:
 # ------------------------------------------------------------------------------------------------------------ movement
 
 
+def _fill(g: Exporter, op: Op, a: Attributes) -> None:
+    """As many rows as the first input has examples."""
+    first, *rest = g.program.tensors[op.outputs[0]].dims
+    examples = g.node("Shape", g.program.inputs[0].name, end=1)
+    rows = g.node("Mul", examples, g.constant([first // g.program.max_batch], np.int64))
+    shape = g.node("Concat", rows, g.constant(rest, np.int64), axis=0)
+    g.write(op.outputs[0], g.node("Expand", g.constant(a["value"]), shape))
+
+
 def _transpose(g: Exporter, op: Op, a: Attributes) -> None:
     perm = [axis for axis in a.values() if axis >= 0]
     g.write(op.outputs[0], g.node("Transpose", g.read(op.inputs[0]), perm=perm))
@@ -523,6 +532,7 @@ _RULES: Mapping[str, Rule] = {
     "SCALE": _scale,
     "REDUCE_MEAN": _reduce_mean,
     "REDUCE_MEAN_GRAD": _spread,
+    "FILL": _fill,
     "TRANSPOSE": _transpose,
     "CONCAT": _concat,
     "SLICE": _slice,
@@ -540,4 +550,5 @@ _RULES: Mapping[str, Rule] = {
     "QAVG_POOL2D": _quantized_avg_pool,
     "QLUT": _table,
     **onnx_input.RULES,
+    **onnx_sequence.RULES,
 }

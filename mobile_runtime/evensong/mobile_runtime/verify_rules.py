@@ -148,6 +148,17 @@ def _convolution(view: OpView) -> str | None:
     return None
 
 
+def _matmul(view: OpView) -> str | None:
+    transpose = view.integer("transpose")
+    left, right = view["C"], view["D"]
+    rows, depth = (right, left) if transpose == 1 else (left, right)
+    left, right = view["E"], view["F"]
+    other, columns = (right, left) if transpose == 2 else (left, right)
+    if transpose > 2 or depth != other or (rows, columns) != (view["M"], view["N"]):
+        return "its matrices do not fit"
+    return "it goes over the batch" if any(map(view.batched, "CDEFMN")) else None
+
+
 def _pool(view: OpView) -> str | None:
     for axis, (inputs, outputs) in {"h": ("H", "P"), "w": ("W", "Q")}.items():
         kernel, stride = view.integer(f"kernel_{axis}"), view.integer(f"stride_{axis}")
@@ -358,6 +369,7 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
     "CONV2D": _convolution,
     "CONV2D_GRAD_INPUT": _convolution,
     "CONV2D_GRAD_WEIGHT": _convolution,
+    "MATMUL": _matmul,
     "MAX_POOL2D": _max_pool,
     "MAX_POOL2D_GRAD": _max_pool,
     "AVG_POOL2D": _pool,
@@ -430,6 +442,8 @@ _PRODUCTS = {
     **dict.fromkeys(("G_LINEAR_INPUT", "G_LINEAR_UPDATE"), "MIO"),
     **dict.fromkeys(("G_CONV2D_INPUT", "G_CONV2D_UPDATE"), "NPQOKLD"),
     **dict.fromkeys(("GRU", "GRU_GRAD", "LSTM", "LSTM_GRAD"), "NTGH"),
+    "MATMUL": "BCDN",
+    **dict.fromkeys(("ATTENTION", "ATTENTION_GRAD"), "NTSHD"),
 }
 _WINDOWS = ("MAX_POOL2D", "AVG_POOL2D", "AVG_POOL2D_GRAD", "QMAX_POOL2D", "QAVG_POOL2D")
 

@@ -156,6 +156,9 @@ OPS: dict[str, OpSpec] = {
     "CONV2D": _spec(4, "x w b?", "y", _CONV + " activation:i", doc="NHWC cross-correlation; bottom and right padding follow from y's size"),
     "CONV2D_GRAD_INPUT": _spec(5, "dy w", "dx", _CONV, doc="gradient of CONV2D in x"),
     "CONV2D_GRAD_WEIGHT": _spec(6, "dy x", "dw db?", _CONV, doc="gradients of CONV2D in w and b"),
+    "MATMUL": _spec(7, "a b", "y", "transpose:i", doc="for each of the leading dimensions y[M,N] = a[M,K] b[K,N]; with transpose 1 a is stored as [K,M], with 2 b as [N,K]"),
+    "ATTENTION": _spec(8, "q k v", "y lse?", "causal:i scale:f", doc="[N, T, heads, D], per example and head: s = scale q k^T, with causal over the keys j <= i only; y = softmax(s) v; lse = log of the sum of e^s"),
+    "ATTENTION_GRAD": _spec(9, "dy q k v lse", "dq dk dv", "causal:i scale:f", doc="gradient of ATTENTION"),
     # --- pooling, NHWC, float32
     "MAX_POOL2D": _spec(10, "x", "y index?", _POOL, doc="index: position kh * kernel_w + kw in the window of the first maximum, u8 if the window has at most 256 places, else i32; padding never wins"),
     "MAX_POOL2D_GRAD": _spec(11, "dy index", "dx", _POOL, doc="scatters dy to the maxima, adding where windows overlap"),

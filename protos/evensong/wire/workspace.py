@@ -23,6 +23,7 @@ SEQUENCES = 48  #: examples that a recurrent layer takes at a time
 DOT_SEQUENCES = 4  #: a recurrent layer with at most this many reads its weight in place
 SPARSE_ROWS = 32  #: rows of x that a product with a sparse dy takes at a time
 SPARSE_COLUMNS = 256  #: columns of x, and of dy
+QUERIES = 48  #: queries that attention takes at a time
 CHANNEL_SUMS = 4  #: numbers for each channel that a group norm keeps
 INT8_WEIGHTS = 64 * 1024  #: weights of one packed block of an int8 product, if at least one panel fits
 INT8_ROWS = 8  #: rows of patches that the int8 product takes at a time
@@ -71,6 +72,12 @@ def _need(op: Op, tensors: Sequence[Tensor]) -> int:
             if _depthwise(weight, op.attrs):
                 return _F32 * _depthwise_elements(dy, weight, op.attrs)
             return _F32 * patch_elements(prod(weight.dims[1:]), prod(dy.dims[:3]))
+        case "MATMUL":
+            return _F32 * _matmul_elements(operands[0], operands[2], int(op.attrs[0]))
+        case "ATTENTION":
+            return _F32 * _attention_elements(*operands[1].dims)
+        case "ATTENTION_GRAD":
+            return _F32 * _attention_grad_elements(operands[2], operands[3])
         case "GRU" | "LSTM":
             return _F32 * recurrent_elements(operands[0].dims[0], *operands[1].dims)
         case "GRU_GRAD" | "LSTM_GRAD":
@@ -120,6 +127,24 @@ def weight_elements(depth: int, columns: int) -> int:
     """Elements of one block of packed weights: whole panels of ``depth`` rows."""
     most = max(PANEL, WEIGHT_ELEMENTS // depth // PANEL * PANEL)
     return depth * min(_round_up(columns, PANEL), most)
+
+
+def _matmul_elements(a: Tensor, y: Tensor, transpose: int) -> int:
+    """The whole right matrix packed, if it is transposed, else one panel of it."""
+    depth = a.dims[-2 if transpose == 1 else -1]
+    return depth * (_round_up(y.dims[-1], PANEL) if transpose == 2 else PANEL)
+
+
+def _attention_elements(examples: int, keys: int, heads: int, size: int) -> int:
+    """The keys of one head packed, a block of scores, a panel of values."""
+    return size * _round_up(keys, PANEL) + (QUERIES + PANEL) * keys
+
+
+def _attention_grad_elements(k: Tensor, v: Tensor) -> int:
+    """Keys and values packed, two blocks of scores, a panel."""
+    keys = k.dims[1]
+    packed = (k.dims[3] + v.dims[3]) * _round_up(keys, PANEL)
+    return packed + 2 * QUERIES * keys + PANEL * max(keys, QUERIES)
 
 
 def recurrent_elements(examples: int, gates: int, hidden: int) -> int:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from evensong.mobile_runtime.compiler.aten_pointwise import Number, scale, unary
 from evensong.mobile_runtime.compiler.builder import Builder, require
 from evensong.mobile_runtime.compiler.ir import Value, constant
-from evensong.mobile_runtime.compiler.layout import View, canonical
+from evensong.mobile_runtime.compiler.layout import PROBE_BATCH, View, canonical
 from evensong.mobile_runtime.compiler.weights import FAR
 from evensong.wire.program import Activation, Region
 
@@ -154,12 +154,39 @@ def masked_fill(b: Builder, x: View, condition: View, value: Any) -> View:
 def expand(b: Builder, x: View, *sizes: Any, **options: Any) -> View:
     """Repeats axes of size one."""
     x = padded(x, len(b.shape))
-    require(not x.value.batched or x.batch_axis is not None, "an expansion over the batch")
     axes = [axis for axis in x.order if x.shape[axis] == 1 and b.shape[axis] != 1]
+    if not x.value.batched and PROBE_BATCH in [b.shape[axis] for axis in axes]:
+        x = for_each_example(b, x, next(axis for axis in axes if b.shape[axis] == PROBE_BATCH))
+        axes = [axis for axis in axes if x.shape[axis] == 1]
     if not axes:
         return x
     require(x.value.batched, "an expansion of something that every example shares", fix="Leave it to broadcasting.")
     return spread(b, x, b.shape, axes, x.order)
+
+
+def filled_like(value: float) -> Callable[..., View]:
+    """``zeros_like`` and ``ones_like``."""
+    return lambda b, x, **options: canonical(constant(np.full(b.shape, value, np.float32)), b.shape)
+
+
+def for_each_example(b: Builder, x: View, axis: int) -> View:
+    """What every example shares (a class token) once for each of them, along ``axis``, which has size one."""
+    order = (axis, *(a for a in x.order if a != axis))
+    row = b.arrange(x, order)
+    zeros = Value(row.dims, batched=True, name=b.place)
+    b.graph.add("FILL", [], [zeros], b.place, value=0.0)
+    shape = tuple(PROBE_BATCH if a == axis else size for a, size in enumerate(x.shape))
+    return View(b.emit("ADD", [zeros, row], row.dims), shape, order)
+
+
+def shared_row(view: View, axis: int) -> View:
+    """A constant that was made with the batch's size along ``axis``, with size one there."""
+    if view.value.batched or view.shape[axis] != PROBE_BATCH:
+        return view
+    content = _author(view)
+    row = content.take([0], axis)
+    require(bool((content == row).all()), "a constant that differs from example to example")
+    return canonical(constant(row, view.value.name), row.shape)
 
 
 # --------------------------------------------------------------------------------------------------------- broadcasting
@@ -171,6 +198,8 @@ def binary(b: Builder, op: str, x: View, y: View, **attrs: float) -> View:
         x, y = y, x
     rank = max(len(x.shape), len(y.shape))
     x, y = padded(b.real(x), rank), padded(b.real(y), rank)
+    if x.batch_axis is not None:
+        y = shared_row(y, x.batch_axis)
     shape = tuple(map(max, x.shape, y.shape))
     if x.shape != shape and y.shape != shape and x.value.batched:
         x = spread(b, x, shape, [axis for axis in x.order if x.shape[axis] != shape[axis]], x.order)
@@ -291,6 +320,8 @@ TABLE: dict[str, Callable[..., Any]] = {
     "aten.masked_fill.Scalar": masked_fill,
     "aten.masked_fill.Tensor": masked_fill,
     "aten.masked_fill_.Scalar": masked_fill,
+    "aten.zeros_like.default": filled_like(0.0),
+    "aten.ones_like.default": filled_like(1.0),
     "aten.expand.default": expand,
     "aten.expand_as.default": expand,
 }

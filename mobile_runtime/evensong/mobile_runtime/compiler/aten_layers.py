@@ -28,12 +28,6 @@ def linear(b: Builder, x: View, weight: View, bias: View | None = None) -> View:
     return View(result, b.shape, last(x, feature))
 
 
-def matmul(b: Builder, x: View, weight: View) -> View:
-    """``x [..., I] @ weight [I, O]`` with a weight that no example changes."""
-    require(len(weight.shape) == 2 and not weight.value.batched, "a matrix product of two computed tensors")
-    return linear(b, x, View(weight.value, weight.shape[::-1], tuple(1 - axis for axis in weight.order)))
-
-
 def addmm(b: Builder, bias: View, x: View, weight: View, *, beta: float = 1, alpha: float = 1) -> View:
     """``bias + x @ weight``."""
     require(beta == 1 and alpha == 1 and len(bias.shape) == 1, "addmm with factors or with a matrix to add")
@@ -289,10 +283,6 @@ def _check_ids(ids: View) -> None:
 
 
 TABLE: dict[str, Callable[..., Any]] = {
-    "aten.linear.default": linear,
-    "aten.matmul.default": matmul,
-    "aten.mm.default": matmul,
-    "aten.addmm.default": addmm,
     "aten.conv1d.default": conv1d,
     "aten.conv1d.padding": conv1d,
     "aten.conv2d.default": conv2d,

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from evensong.mobile_runtime.compiler.aten_arithmetic import for_each_example, shared_row
 from evensong.mobile_runtime.compiler.builder import NHWC, Builder, require
 from evensong.mobile_runtime.compiler.ir import Value
 from evensong.mobile_runtime.compiler.layout import View, reshaped, squeezed
@@ -56,9 +57,8 @@ def cat(b: Builder, views: Sequence[View], dim: int = 0) -> View:
     """Joins along one axis that is not the batch."""
     first = next((view for view in views if view.value.batched), views[0])
     axis = b.example_axis(first, dim, "concatenation")
-    require(
-        all(view.value.batched == first.value.batched for view in views), "concatenation of examples with a constant"
-    )
+    if first.batch_axis is not None:
+        views = [_batched(b, view, first.batch_axis) for view in views]
     operands = [b.arrange(view, first.order) for view in views]
     result = View(operands[0], b.shape, first.order)
     if len(operands) == 1:
@@ -67,6 +67,10 @@ def cat(b: Builder, views: Sequence[View], dim: int = 0) -> View:
     value = Value(dims, operands[0].dtype, batched=first.value.batched, name=b.place)
     b.graph.add("CONCAT", operands, [value], b.place, axis=first.order.index(axis))
     return View(value, b.shape, first.order)
+
+
+def _batched(b: Builder, view: View, axis: int) -> View:
+    return view if view.value.batched else for_each_example(b, shared_row(view, axis), axis)
 
 
 def stack(b: Builder, views: Sequence[View], dim: int = 0) -> View:

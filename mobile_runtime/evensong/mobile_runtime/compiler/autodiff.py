@@ -32,7 +32,7 @@ def differentiate(
         if rule is not None and any(backward.has(output) for output in node.outputs) and backward.any_wanted(node):
             backward.place = node.place
             rule(backward, node)
-    return {value: backward.gradients[value] for value in trainable if value in backward.gradients}
+    return {value: backward.of(value) for value in trainable if backward.has(value)}
 
 
 @dataclass
@@ -44,10 +44,11 @@ class Backward:
     int8: Int8State | None = None
     weight_decay: float = 0.0
     gradients: dict[Value, Value] = field(default_factory=dict)
+    parts: dict[Value, list[tuple[Node, Value]]] = field(default_factory=dict)  #: slices of a value, each with its own
     place: str = ""
 
     def has(self, value: Value) -> bool:
-        return value.root in self.gradients
+        return value.root in self.gradients or value.root in self.parts
 
     def wants(self, value: Value) -> bool:
         """Whether something trainable lies behind ``value``."""
@@ -58,6 +59,7 @@ class Backward:
 
     def of(self, value: Value) -> Value:
         """The complete gradient of ``value``, in its shape."""
+        self._join_parts(value.root)
         return self.gradients[value.root].reshaped(value.dims)
 
     def accumulate(self, value: Value, gradient: Value) -> None:
@@ -72,6 +74,18 @@ class Backward:
             gradient = total
         self.gradients[root] = gradient
 
+    def _join_parts(self, root: Value) -> None:
+        """Slices that together are the whole give its gradient by one CONCAT; others are widened and added."""
+        parts = sorted(self.parts.pop(root, []), key=lambda part: part[0].attrs["start"])
+        if len(parts) > 1 and _are_whole([node for node, _ in parts]):
+            whole = parts[0][0].inputs[0]
+            gradients = [gradient for _, gradient in parts]
+            self.accumulate(whole, self.emit("CONCAT", gradients, whole, axis=parts[0][0].attrs["axis"]))
+            return
+        for node, gradient in parts:
+            whole = node.inputs[0]
+            self.accumulate(whole, self.emit("SLICE_GRAD", [gradient], whole, **node.attrs))
+
     def fresh(self, value: Value) -> Value:
         """A value to hold the gradient of ``value``."""
         dtype = DType.I8 if value.dtype == DType.I8 else DType.F32
@@ -83,6 +97,17 @@ class Backward:
         result.entry = inputs[0].root.entry
         self.graph.add(op, inputs, [result], self.place, **attrs)
         return result
+
+
+def _are_whole(slices: list[Node]) -> bool:
+    """Whether slices, by their starts, follow each other along one axis from its first to its last place."""
+    axis, whole = int(slices[0].attrs["axis"]), slices[0].inputs[0].dims
+    at = 0
+    for node in slices:
+        if (node.attrs["axis"], node.attrs["start"]) != (axis, at) or node.inputs[0].dims != whole:
+            return False
+        at += node.outputs[0].dims[axis]
+    return at == whole[axis]
 
 
 # --------------------------------------------------------------------------------------------------------------- rules
@@ -114,6 +139,26 @@ def _weighted(g: Backward, node: Node, op: str, attrs: dict[str, int | float]) -
         g.accumulate(b, g.emit("SUM_ROWS", [dy], b))
     if g.wants(x):
         g.accumulate(x, g.emit(f"{op}_GRAD_INPUT", [dy, w], x, **attrs))
+
+
+def _matmul(g: Backward, node: Node) -> None:
+    (a, b), dy = node.inputs, g.of(node.outputs[0])
+    transpose = int(node.attrs["transpose"])
+    if g.wants(a):
+        left, right, how = {0: (dy, b, 2), 1: (b, dy, 2), 2: (dy, b, 0)}[transpose]
+        g.accumulate(a, g.emit("MATMUL", [left, right], a, transpose=how))
+    if g.wants(b):
+        left, right, how = {0: (a, dy, 1), 1: (a, dy, 0), 2: (dy, a, 1)}[transpose]
+        g.accumulate(b, g.emit("MATMUL", [left, right], b, transpose=how))
+
+
+def _attention(g: Backward, node: Node) -> None:
+    y = node.outputs[0]
+    if len(node.outputs) == 1:
+        node.outputs.append(y.like(y.dims[:3], name=f"sums of {node.place}"))
+    outputs = [g.fresh(value) for value in node.inputs]
+    g.graph.add("ATTENTION_GRAD", [g.of(y), *node.inputs, node.outputs[1]], outputs, g.place, **node.attrs)
+    _accumulate_wanted(g, node.inputs, outputs)
 
 
 def _conv2d_transposed(g: Backward, node: Node) -> None:
@@ -279,7 +324,7 @@ def _concat(g: Backward, node: Node) -> None:
 
 
 def _slice(g: Backward, node: Node) -> None:
-    g.accumulate(node.inputs[0], g.emit("SLICE_GRAD", [g.of(node.outputs[0])], node.inputs[0], **node.attrs))
+    g.parts.setdefault(node.inputs[0].root, []).append((node, g.of(node.outputs[0])))
 
 
 def _widen(g: Backward, node: Node) -> None:
@@ -316,6 +361,8 @@ def _crop(g: Backward, node: Node) -> None:
 #: Operations without a rule (losses, those of a frozen int8 part, those with integer results) end the backward pass.
 RULES: Mapping[str, Callable[[Backward, Node], None]] = {
     "LINEAR": _linear,
+    "MATMUL": _matmul,
+    "ATTENTION": _attention,
     "CONV2D": _conv2d,
     "CONV2D_GRAD_INPUT": _conv2d_transposed,
     "MAX_POOL2D": _max_pool,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind
 
+from evensong.mobile_runtime.compiler.attention_module import readable_attention
 from evensong.mobile_runtime.compiler.layout import PROBE_BATCH
 from evensong.mobile_runtime.errors import CompileError
 
@@ -36,10 +37,12 @@ def trace(model: nn.Module, example_inputs: Sequence[torch.Tensor], *, training:
     more than one output).
     """
     probes = tuple(_probe(example, index) for index, example in enumerate(example_inputs))
-    with _mode(model, training), warnings.catch_warnings():
+    with _mode(model, training), readable_attention(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*_flat_weights")  # of recurrent layers: torch puts them back
         try:
             exported = torch.export.export(model, probes, strict=False)
+        except CompileError:
+            raise
         except Exception as error:
             raise CompileError(
                 "torch.export cannot trace the model",

@@ -14,6 +14,7 @@ from evensong.mobile_runtime.compiler import (
     aten_layers,
     aten_norms,
     aten_pointwise,
+    aten_products,
     aten_recurrent,
     aten_shapes,
     aten_windows,
@@ -30,6 +31,7 @@ Lowering = Callable[..., Any]
 
 #: How each ATen call becomes engine operations. The arguments are those of the ATen schema, with views for tensors.
 TABLE: Mapping[str, Lowering] = {
+    **aten_products.TABLE,
     **aten_layers.TABLE,
     **aten_norms.TABLE,
     **aten_recurrent.TABLE,

@@ -129,6 +129,18 @@ def _step(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
     return (rows > row).to(a.dtype) + (rows == row).to(a.dtype) * node.attrs["at_equal"]
 
 
+def _matmul(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    a, b = operands
+    transpose = node.attrs["transpose"]
+    return (a.mT if transpose == 1 else a) @ (b.mT if transpose == 2 else b)
+
+
+def _attention(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
+    q, k, v = (operand.transpose(1, 2) for operand in operands)
+    is_causal, scale = bool(node.attrs["causal"]), float(node.attrs["scale"])
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale).transpose(1, 2)
+
+
 def _recurrent(node: Node, operands: Tensors, shape: Shape) -> torch.Tensor:
     gx, w, b = operands
     layer: Any = torch.gru if node.op == "GRU" else torch.lstm
@@ -191,6 +203,9 @@ TABLE: Mapping[str, TorchOp] = {
     "AVG_POOL2D": _avg_pool2d,
     "BATCH_NORM_EVAL": _batch_norm_eval,
     "LAYER_NORM": _layer_norm,
+    "MATMUL": _matmul,
+    "ATTENTION": _attention,
+    "FILL": lambda node, operands, shape: torch.full(shape, float(node.attrs["value"])),
     "GROUP_NORM": _group_norm,
     "RMS_NORM": _rms_norm,
     "CONV2D_GRAD_INPUT": _conv2d_transposed,
