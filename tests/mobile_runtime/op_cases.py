@@ -549,6 +549,24 @@ def _dropout_grad(c: Case) -> None:
     c.finish(p=0.25)
 
 
+@_case("ACTIVATION_MASK")
+def _activation_mask(c: Case) -> None:
+    rows, columns = c.size(), _big(c)
+    c.input(rows, columns, value=4 * c.floats(*c.live((rows, columns), True)))
+    c.output(rows, -(-columns // 8), dtype=DType.U8)
+    c.finish(kind=c.size(1, 2))
+
+
+@_case("MASK_GRAD")
+def _mask_grad(c: Case) -> None:
+    rows, columns = c.size(), _big(c)
+    bytes_ = -(-columns // 8)
+    c.input(rows, columns)
+    c.input(rows, bytes_, value=c.integers(0, 255, *c.live((rows, bytes_), True), dtype=np.uint8))
+    c.output(rows, columns)
+    c.finish()
+
+
 @_case("FILL")
 def _fill(c: Case) -> None:
     c.output(_big(c), 3)

@@ -58,6 +58,29 @@ def test_activations_are_accurate_in_the_relative_sense_over_their_whole_range(k
     check_everywhere("UNARY", [x], [x.shape], [f64(kind, x)], rtol=rtol, atol=2e-38, kind=kind)
 
 
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 5), columns=sizes, kind=st.sampled_from([Activation.RELU, Activation.RELU6]), seed=seeds)
+def test_a_mask_of_bits_passes_what_the_activations_gradient_passes(
+    rows: int, columns: int, kind: Activation, seed: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(seed)
+    x = random.choice(np.array([-1, -1e-40, -0.0, 0, 1e-40, 3, 6, 7, np.inf, np.nan], np.float32), (rows, columns))
+    dy = random.normal(size=x.shape).astype(np.float32)
+    leaf = torch.from_numpy(x).requires_grad_()
+    y = torch.nn.functional.relu6(leaf) if kind == Activation.RELU6 else torch.nn.functional.relu(leaf)
+    y.backward(torch.from_numpy(dy))
+    expected = np.where(np.isnan(x), 0, leaf.grad.numpy())
+    packed = np.packbits(expected != 0, axis=1, bitorder="little")
+    for name in instruction_sets():
+        machine = native_machine(name)
+        wanted = Wanted(packed.shape, dtype=np.uint8)
+        (mask,) = run_one("ACTIVATION_MASK", [y.detach().numpy()], [wanted], machine=machine, kind=kind)
+        np.testing.assert_array_equal(mask, packed, err_msg=name)
+        (dx,) = run_one("MASK_GRAD", [dy, mask], [x.shape], machine=machine)
+        np.testing.assert_array_equal(dx, expected, err_msg=name)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_activations_keep_nan_and_saturate_at_infinity(kind: Activation) -> None:
     x = np.array([np.nan, np.inf, 1e38, -1e38], np.float32)

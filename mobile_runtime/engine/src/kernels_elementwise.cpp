@@ -351,6 +351,51 @@ Fault dropout_grad(const Call& call) {
     return Fault::kNone;
 }
 
+// ------------------------------------------------------------------------------------------------- masks of one bit
+
+static_assert(kLanes <= 8, "one byte holds the bits of a vector");
+
+template <class Passes>
+EVENSONG_INLINE void write_mask(const Call& call, Passes passes) {
+    const size_t columns = call.in[0].last(), bytes = call.out[0].last(), rows = call.out[0].elements / bytes;
+    for (size_t row = 0; row < rows; ++row) {
+        const float* y = call.in[0].f32() + row * columns;
+        uint8_t* mask = call.out[0].u8_mut() + row * bytes;
+        for (size_t j = 0; j < columns; j += 8) {
+            uint32_t bits = 0;
+            EVENSONG_UNROLL
+            for (size_t k = 0; k < 8; k += kLanes) {
+                if (j + k < columns) bits |= lane_bits(passes(load_upto(y + j + k, columns - j - k))) << k;
+            }
+            mask[j / 8] = uint8_t(bits);
+        }
+    }
+}
+
+Fault activation_mask(const Call& call) {
+    if (call.attr[0].i == activation::RELU) {
+        write_mask(call, [](Floats y) { return y > 0.0f; });
+    } else {
+        write_mask(call, [](Floats y) { return (y > 0.0f) & (y < 6.0f); });
+    }
+    return Fault::kNone;
+}
+
+Fault mask_grad(const Call& call) {
+    const size_t columns = call.out[0].last(), bytes = call.in[1].last(), rows = call.in[1].elements / bytes;
+    const Ints bit = splat(1) << lane_numbers();
+    for (size_t row = 0; row < rows; ++row) {
+        const float* dy = call.in[0].f32() + row * columns;
+        const uint8_t* mask = call.in[1].u8() + row * bytes;
+        float* dx = call.out[0].f32_mut() + row * columns;
+        for (size_t j = 0; j < columns; j += kLanes) {
+            const Ints passes = (splat(int32_t(mask[j / 8] >> j % 8)) & bit) != 0;
+            store_upto(dx + j, passes ? load_upto(dy + j, columns - j) : Floats{}, columns - j);
+        }
+    }
+    return Fault::kNone;
+}
+
 }  // namespace
 
 void register_elementwise(Kernel* table) {
@@ -369,6 +414,8 @@ void register_elementwise(Kernel* table) {
     table[op::REDUCE_MEAN_GRAD] = reduce_mean_grad;
     table[op::DROPOUT] = dropout;
     table[op::DROPOUT_GRAD] = dropout_grad;
+    table[op::ACTIVATION_MASK] = activation_mask;
+    table[op::MASK_GRAD] = mask_grad;
 }
 
 }  // namespace EVENSONG_ISA

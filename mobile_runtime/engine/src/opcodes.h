@@ -49,6 +49,8 @@ constexpr uint16_t FILL = 41;
 constexpr uint16_t MAXIMUM = 42;
 constexpr uint16_t MINIMUM = 43;
 constexpr uint16_t STEP = 45;
+constexpr uint16_t ACTIVATION_MASK = 46;
+constexpr uint16_t MASK_GRAD = 47;
 constexpr uint16_t LINEAR_UPDATE = 44;
 constexpr uint16_t TRANSPOSE = 50;
 constexpr uint16_t CONCAT = 51;
@@ -170,6 +172,8 @@ inline constexpr Signature kSignatures[] = {
     {42, 2, 2, 1, 1, 0, 0, 0, 3, "MAXIMUM"},
     {43, 2, 2, 1, 1, 0, 0, 0, 3, "MINIMUM"},
     {45, 2, 2, 1, 1, 1, 0, 0, 3, "STEP"},
+    {46, 1, 1, 1, 1, 1, 0, 0, 0, "ACTIVATION_MASK"},
+    {47, 2, 2, 1, 1, 0, 0, 0, 1, "MASK_GRAD"},
     {44, 3, 3, 0, 0, 1, 0, 1, 0, "LINEAR_UPDATE"},
     {50, 1, 1, 1, 1, 6, 0, 0, 0, "TRANSPOSE"},
     {51, 1, 1, 1, 1, 1, 1, 0, 0, "CONCAT"},

@@ -127,6 +127,12 @@ const char* check_probability(const Context& c) {
     return p >= 0 && p < 1 ? nullptr : "its probability is not in [0, 1)";
 }
 
+const char* check_mask(const Context& c) {
+    if (c['B'] != (c['C'] + 7) / 8 || c.batched('B') || c.batched('C')) return "its mask has not one bit an element";
+    bool wrong = c.op.code == op::ACTIVATION_MASK && c.attribute(0) == activation::NONE;
+    return wrong ? "its activation has no mask" : nullptr;
+}
+
 const char* check_transpose(const Context& c) {
     const Tensor &x = c.input(0), &y = c.output(0);
     if (x.rank != y.rank || x.batched != y.batched) return "its ranks differ";
@@ -389,6 +395,8 @@ constexpr Rule kRules[] = {
     {op::LINEAR, "f*MI fOI fO? > f*MO | a", nullptr, "MIO", linear_workspace},
     {op::LINEAR_GRAD_INPUT, "f*MO fOI > f*MI", nullptr, "MIO", linear_grad_input_workspace},
     {op::LINEAR_GRAD_WEIGHT, "f*MO f*MI > fOI fO?", nullptr, "MIO", linear_grad_weight_workspace},
+    {op::ACTIVATION_MASK, "f*MC > u*MB | a", check_mask},
+    {op::MASK_GRAD, "f*MC u*MB > f*MC", check_mask},
     {op::LINEAR_UPDATE, "fOI f*MO f*MI > | f", nullptr, "MIO", linear_grad_weight_workspace},
     {op::CONV2D, "fNHWC fOKLD fO? > fNPQO | ssppsssa", check_convolution, "NPQOKLD", convolution_workspace},
     {op::CONV2D_GRAD_INPUT, "fNPQO fOKLD > fNHWC | ssppsss", check_convolution, "NPQOKLD",

@@ -64,6 +64,8 @@ SIGNATURES: dict[str, str] = {
     "MAXIMUM": "f#N f#R > f#N",
     "MINIMUM": "f#N f#R > f#N",
     "STEP": "f#N f#R > f#N | f",
+    "ACTIVATION_MASK": "f*MC > u*MB | a",
+    "MASK_GRAD": "f*MC u*MB > f*MC",
     "LINEAR_UPDATE": "fOI f*MO f*MI > | f",
     "TRANSPOSE": "x#N > x#N | ......",
     "CONCAT": "x#A > x#N | n",

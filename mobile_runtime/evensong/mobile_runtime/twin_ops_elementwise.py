@@ -147,6 +147,16 @@ def dropout_grad(call: Call, dy: Array, mask: Array, *, p: float) -> Array:
     return np.where(mask != 0, dy / keep_probability(p), np.float32(0))
 
 
+def activation_mask(call: Call, y: Array, *, kind: int) -> Array:
+    passes = (y > 0) & (y < 6) if kind == Activation.RELU6 else y > 0
+    return np.packbits(passes, axis=-1, bitorder="little")
+
+
+def mask_grad(call: Call, dy: Array, mask: Array) -> Array:
+    bits = np.unpackbits(mask.reshape(-1, mask.shape[-1]), axis=-1, count=dy.shape[-1], bitorder="little")
+    return np.where(bits.reshape(dy.shape), dy, np.float32(0))
+
+
 def keep_probability(p: float) -> np.float32:
     return np.float32(1) - np.float32(p)
 
@@ -170,5 +180,7 @@ KERNELS: dict[str, Kernel] = {
     "REDUCE_MEAN_GRAD": reduce_mean_grad,
     "DROPOUT": dropout,
     "DROPOUT_GRAD": dropout_grad,
+    "ACTIVATION_MASK": activation_mask,
+    "MASK_GRAD": mask_grad,
     "FILL": fill,
 }

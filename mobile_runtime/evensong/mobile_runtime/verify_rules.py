@@ -219,6 +219,14 @@ def _dropout(view: OpView) -> str | None:
     return None if 0 <= view.attrs["p"] < 1 else "its probability is not in [0, 1)"
 
 
+def _mask(view: OpView) -> str | None:
+    if view["B"] != -(-view["C"] // 8) or view.batched("B") or view.batched("C"):
+        return "its mask has not one bit an element"
+    if view.op.name == "ACTIVATION_MASK" and view.integer("kind") == Activation.NONE:
+        return "its activation has no mask"
+    return None
+
+
 def _transpose(view: OpView) -> str | None:
     x, y = view.inputs[0], view.outputs[0]
     rank, perm = len(x.dims), [view.integer(f"perm{axis}") for axis in range(MAX_RANK)]
@@ -392,6 +400,8 @@ RULES: dict[str, Callable[[OpView], str | None]] = {
     "REDUCE_MEAN_GRAD": _reduce,
     "DROPOUT": _dropout,
     "DROPOUT_GRAD": _dropout,
+    "ACTIVATION_MASK": _mask,
+    "MASK_GRAD": _mask,
     "TRANSPOSE": _transpose,
     "CONCAT": _concat,
     "SLICE": _slice,

@@ -196,6 +196,9 @@ OPS: dict[str, OpSpec] = {
     "MAXIMUM": _spec(42, "a b", "y", inplace=[(0, 0), (1, 0)], doc="the larger, NaN if either is; b may be a row"),
     "MINIMUM": _spec(43, "a b", "y", inplace=[(0, 0), (1, 0)], doc="the smaller, NaN if either is; b may be a row"),
     "STEP": _spec(45, "a b", "y", "at_equal:f", inplace=[(0, 0), (1, 0)], doc="y = 1 where a > b, at_equal where a = b, else 0; b may be a row"),
+    # --- all that the gradient of RELU or RELU6 needs of the forward pass, where nothing else reads that later
+    "ACTIVATION_MASK": _spec(46, "y", "mask", "kind:i", doc="u8: bit j % 8 of byte j // 8 of a row is 1 where UNARY_GRAD with y[j] passes dy; the bits beyond C are 0"),
+    "MASK_GRAD": _spec(47, "dy mask", "dx", inplace=[(0, 0)], doc="dx = dy where the bit of ACTIVATION_MASK is 1, else 0"),
     # --- weight gradient and plain SGD in one: the gradient of a large layer needs no memory
     "LINEAR_UPDATE": _spec(44, "w dy x", "", "weight_decay:f", updates=(0,), doc="an optimiser: w -= lr (dy^T x + weight_decay w), LINEAR_GRAD_WEIGHT and SGD in one"),
     # --- movement, any dtype

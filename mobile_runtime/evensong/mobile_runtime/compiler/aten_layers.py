@@ -159,14 +159,13 @@ def batch_norm(
     eps: float,
     cudnn_enabled: bool = False,
 ) -> View:
-    """Batch norm over axis 1. Frozen (no trainable gamma or beta) it uses its running statistics in every program."""
+    """Batch norm over axis 1. Unless its scale is trained, it uses its running statistics in every program."""
     if running_mean is None or running_var is None:
         require(False, "batch norm without running statistics", fix="Use track_running_stats=True.")
         raise AssertionError
     order = last(x, b.example_axis(x, 1, "batch norm"))
     operand = b.arrange(x, order)
-    affine = [p.value for p in (gamma, beta) if p is not None]
-    trained = any(p.region == Region.STATE for p in affine) if affine else bool(b.weights.trainable)
+    trained = gamma.value.region == Region.STATE if gamma is not None else bool(b.weights.trainable)
     if trained:
         b.weights.make_buffer(running_mean.value.name)
         b.weights.make_buffer(running_var.value.name)

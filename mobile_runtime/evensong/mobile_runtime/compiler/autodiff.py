@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from evensong.mobile_runtime.compiler import int8_backward
 from evensong.mobile_runtime.compiler.int8_training import Int8State
-from evensong.mobile_runtime.compiler.ir import Graph, Node, Value
+from evensong.mobile_runtime.compiler.ir import Graph, Node, Value, constant
 from evensong.mobile_runtime.errors import CompileError
-from evensong.wire.program import Activation, DType
+from evensong.wire.program import Activation, DType, Region
 
 
 def differentiate(
@@ -196,6 +198,14 @@ def _batch_norm_train(g: Backward, node: Node) -> None:
 
 def _batch_norm_eval(g: Backward, node: Node) -> None:
     x, gamma, beta, mean, var = node.inputs
+    if gamma.region == var.region == Region.CONST:  # a fixed factor: nothing of the forward pass is kept
+        dy = g.of(node.outputs[0])
+        if g.wants(beta):
+            g.accumulate(beta, g.emit("SUM_ROWS", [dy], beta))
+        if g.wants(x):
+            factor = np.divide(gamma.content, np.sqrt(np.add(var.content, node.attrs["eps"])))
+            g.accumulate(x, g.emit("MUL", [dy, constant(factor, f"factor of {node.place}")], x))
+        return
     outputs = [g.fresh(x)]
     if g.wants(gamma) or g.wants(beta):
         outputs += [g.fresh(gamma), g.fresh(beta)]

@@ -72,7 +72,10 @@ def run(
     ] = None,
     loss: Annotated[str, typer.Option(help="cross_entropy, mse or bce.")] = "cross_entropy",
     trainable: Annotated[
-        list[str] | None, typer.Option(help="Pattern of parameters to train, or 'none'; all by default. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Parameters or layers to train: patterns (repeatable), last-N, biases or none; all by default."
+        ),
     ] = None,
     optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.0,
@@ -107,7 +110,7 @@ def run(
         model,
         examples,
         loss=loss,
-        trainable="none" if trainable == ["none"] else trainable,
+        trainable=trainable[0] if trainable and len(trainable) == 1 else trainable,
         quantize=_quantization(calibration, int8_training),
         optimizer=_optimizer(optimizer, momentum, weight_decay),
         batch_size=batch_size,

@@ -26,11 +26,13 @@ from evensong.mobile_runtime.compiler.layout import arrange
 from evensong.mobile_runtime.compiler.losses import add_loss, loss_name
 from evensong.mobile_runtime.compiler.lowering import Forward, lower
 from evensong.mobile_runtime.compiler.optimizer import SGD, Optimizer, apply_optimizer
-from evensong.mobile_runtime.compiler.passes import remove_dead, simplify
+from evensong.mobile_runtime.compiler.passes import pointwise_as_linear, remove_dead, simplify
 from evensong.mobile_runtime.compiler.planner import Plan, plan
 from evensong.mobile_runtime.compiler.qat import QuantizationAwareTraining
 from evensong.mobile_runtime.compiler.quantize import quantize_frozen
-from evensong.mobile_runtime.compiler.weights import Weights, trainable_names
+from evensong.mobile_runtime.compiler.saved_values import keep_masks
+from evensong.mobile_runtime.compiler.trainable import trainable_names
+from evensong.mobile_runtime.compiler.weights import Weights
 from evensong.mobile_runtime.errors import BudgetError, CompileError
 from evensong.mobile_runtime.memory import MemoryReport, memory_report
 from evensong.wire.artifact import artifact_hash, encode_artifact
@@ -65,7 +67,8 @@ def compile(
             :class:`KerasModule`). It is not changed.
         example_inputs: one array ``[n, ...]`` for each input, with ``n >= 1``; only shapes and dtypes count.
         loss: ``"cross_entropy"`` (int32 labels), ``"mse"`` or ``"bce"`` (float32 targets), or the ``torch.nn`` loss.
-        trainable: what to train: None takes those with ``requires_grad``; patterns like ``["head.*"]``; ``"none"``.
+        trainable: what to train: None takes those with ``requires_grad``; patterns of parameters or layers like
+            ``["head.*"]``; ``"last-3"`` the last three layers that have parameters; ``"biases"``; ``"none"``.
         quantize: :class:`PostTrainingInt8` runs what is frozen in int8; with nothing trainable, the whole model. A
             :class:`QuantizationAwareTraining` does so with the weights that it has trained. :class:`Int8Training`
             also trains in int8.
@@ -89,10 +92,10 @@ def compile(
     int8_settings = quantize if isinstance(quantize, Int8Training) else None
     if int8_settings is not None:
         model = fold_batch_norms(model, trace(model, examples, training=False))
-    names = trainable_names(model, trainable)
 
     # 1. trace the model in each mode, 2. lower each trace to engine operations
     inference = trace(model, examples, training=False)
+    names = trainable_names(model, trainable, inference)
     weights = Weights(model, names, inference)
     calibrator = None if quantize is None else quantize.calibrator(_input_ports(inference, weights))
     int8 = None
@@ -183,6 +186,7 @@ def _train(
     _finish(forward, weights, calibrator, lambda value: value.root in behind, int8, batch)
     seeds = add_loss(graph, forward.output, loss, gradient=True)
     gradients = differentiate(graph, seeds, trainable, int8, optimizer.weight_decay)
+    keep_masks(graph, batch)
     apply_optimizer(graph, gradients, weights.variables, optimizer, batch)
     if int8 is not None:
         moved = {"grow": int8.settings.grow, "shrink": int8.settings.shrink}
@@ -256,6 +260,7 @@ def _finish(
         if int8 is not None:
             train_in_int8(graph, int8, training=graph.name == "train", batch=batch)
         remove_dead(graph)
+    pointwise_as_linear(graph)
     forward.output = replace(view, value=graph.outputs.pop("output"))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from evensong.mobile_runtime.compiler.bytes_first import move_bytes_first
 from evensong.mobile_runtime.compiler.ir import Graph, Node, Value, constant
@@ -28,27 +29,32 @@ def simplify(graph: Graph, trained: Callable[[Value], bool]) -> None:
 
 
 def fold_frozen_batch_norm(graph: Graph) -> None:
-    """A frozen batch norm behind a frozen convolution or linear layer becomes part of its weights."""
+    """A frozen batch norm behind a frozen convolution or linear layer becomes part of its weights; a shift that is
+    trained stays, as a row to add."""
     readers, producers = graph.readers(), graph.producers()
     for node in [n for n in graph.nodes if n.op == "BATCH_NORM_EVAL"]:
         x, *statistics = node.inputs
         layer = producers.get(x.root)
-        frozen = all(value.region == Region.CONST for value in statistics)
+        gamma, beta, mean, var = statistics
+        frozen = all(value.region == Region.CONST for value in (gamma, mean, var))
         if layer is None or layer.op not in _WEIGHTED or not frozen or len(readers[x.root]) != 1:
             continue
         if layer.attrs["activation"] != Activation.NONE or any(v.region != Region.CONST for v in layer.inputs[1:]):
             continue
-        gamma, beta, mean, var = (value.content.astype(np.float64) for value in statistics)
-        factor = gamma / np.sqrt(var + node.attrs["eps"])
-        weight = layer.inputs[1].content.astype(np.float64)
-        bias = layer.inputs[2].content.astype(np.float64) if len(layer.inputs) > 2 else 0.0
+        factor = _wide(gamma) / np.sqrt(_wide(var) + node.attrs["eps"])
+        weight = _wide(layer.inputs[1])
+        bias = _wide(layer.inputs[2]) if len(layer.inputs) > 2 else 0.0
+        shift = _wide(beta) if beta.region == Region.CONST else 0.0
         scaled = weight * factor.reshape((-1,) + (1,) * (weight.ndim - 1))
         layer.inputs[1:] = [
             constant(scaled.astype(np.float32), layer.inputs[1].name),
-            constant(((bias - mean) * factor + beta).astype(np.float32), f"{layer.inputs[1].name} bias"),
+            constant(((bias - _wide(mean)) * factor + shift).astype(np.float32), f"{layer.inputs[1].name} bias"),
         ]
-        graph.nodes.remove(node)
-        graph.replace(node.outputs[0], layer.outputs[0])
+        if beta.region == Region.CONST:
+            graph.nodes.remove(node)
+            graph.replace(node.outputs[0], layer.outputs[0])
+        else:
+            graph.nodes[graph.nodes.index(node)] = Node("ADD", [x, beta], node.outputs, {}, node.place)
 
 
 def fold_transposes(graph: Graph) -> None:
@@ -118,6 +124,20 @@ def fuse_activations(graph: Graph) -> None:
         graph.replace(node.outputs[0], layer.outputs[0])
 
 
+def pointwise_as_linear(graph: Graph) -> None:
+    """A float32 convolution of single pixels is a linear layer over them: that needs no patches, hence less workspace
+    and time, and its weight can be updated without its gradient being stored."""
+    for node in graph.nodes:
+        if node.op != "CONV2D":
+            continue
+        w = node.inputs[1]
+        moved = [node.attrs[name] for name in ("pad_top", "pad_left")]
+        if w.dims[1:3] != (1, 1) or any(moved) or any(node.attrs[n] != 1 for n in ("stride_h", "stride_w", "groups")):
+            continue
+        node.op, node.attrs = "LINEAR", {"activation": node.attrs["activation"]}
+        node.inputs[1] = w.reshaped((w.dims[0], w.dims[3]))
+
+
 def remove_dead(graph: Graph) -> None:
     """Drops nodes whose results nobody reads and that update nothing."""
     live = {value.root for value in graph.outputs.values()}
@@ -127,6 +147,10 @@ def remove_dead(graph: Graph) -> None:
             kept.append(node)
             live |= {value.root for value in node.inputs}
     graph.nodes = kept[::-1]
+
+
+def _wide(value: Value) -> npt.NDArray[np.float64]:
+    return value.content.astype(np.float64)
 
 
 def _takes_flat(reader: Node, result: Value, rows: int, features: int) -> bool:

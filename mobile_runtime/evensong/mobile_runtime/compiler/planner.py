@@ -42,20 +42,17 @@ class Plan:
 
 def plan(graph: Graph, batch: int) -> Plan:
     """Places every ARENA value of ``graph`` for runs of at most ``batch`` examples."""
-    spans = _spans(graph, batch)
-    shared = _share_in_place(graph, spans, batch)
-    buffers: dict[Value, Lifetime] = {}
-    for value, span in spans.items():
-        owner = _owner(shared, value)
-        known = buffers.get(owner)
-        if known is not None:
-            span = Lifetime(max(known.nbytes, span.nbytes), min(known.first, span.first), max(known.last, span.last))
-        buffers[owner] = span
+    buffers, owners = _buffers(graph, batch)
     lifetimes = list(buffers.values())
     placed = dict(zip(buffers, place(lifetimes), strict=True))
     arena = max((placed[owner] + align(span.nbytes) for owner, span in buffers.items()), default=0)
-    offsets = {value: placed[_owner(shared, value)] for value in spans}
+    offsets = {value: placed[owner] for value, owner in owners.items()}
     return Plan(offsets, arena, lower_bound(lifetimes))
+
+
+def peak(graph: Graph, batch: int) -> int:
+    """The bound on the arena that :func:`plan` would have, without looking for offsets."""
+    return lower_bound(_buffers(graph, batch)[0].values())
 
 
 def place(lifetimes: Sequence[Lifetime]) -> list[int]:
@@ -119,6 +116,21 @@ def _greedy(sizes: Sequence[int], lifetimes: Sequence[Lifetime], order: Sequence
             end = max(end, offset + size)
         offsets[index] = best if best >= 0 else end
     return offsets
+
+
+def _buffers(graph: Graph, batch: int) -> tuple[dict[Value, Lifetime], dict[Value, Value]]:
+    """The lifetime of each stretch of memory, by the value that owns it, and the owner of every scratch value."""
+    spans = _spans(graph, batch)
+    shared = _share_in_place(graph, spans, batch)
+    buffers: dict[Value, Lifetime] = {}
+    owners: dict[Value, Value] = {}
+    for value, span in spans.items():
+        owner = owners[value] = _owner(shared, value)
+        known = buffers.get(owner)
+        if known is not None:
+            span = Lifetime(max(known.nbytes, span.nbytes), min(known.first, span.first), max(known.last, span.last))
+        buffers[owner] = span
+    return buffers, owners
 
 
 def _spans(graph: Graph, batch: int) -> dict[Value, Lifetime]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -112,23 +111,6 @@ def as_array(tensor: torch.Tensor, name: str, *, is_mask: bool = False) -> Data:
     if not np.isfinite(data).all():
         raise CompileError(f"{name} is not finite", fix="Initialise the model before compiling it.")
     return data.copy()
-
-
-def trainable_names(model: nn.Module, trainable: Sequence[str] | str | None) -> list[str]:
-    """Names of the parameters that ``trainable`` selects: None takes those with ``requires_grad``, "none" takes none.
-
-    Raises :class:`CompileError` for a pattern that matches nothing.
-    """
-    parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
-    if trainable is None:
-        return [name for name, parameter in parameters.items() if parameter.requires_grad]
-    if trainable == "none":
-        return []
-    patterns = [trainable] if isinstance(trainable, str) else list(trainable)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in parameters):
-            raise CompileError(f"no parameter matches {pattern!r}", expected=f"one of {', '.join(parameters)}")
-    return [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _first_orders(trace: Trace) -> dict[str, tuple[int, ...]]:
