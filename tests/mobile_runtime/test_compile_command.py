@@ -46,6 +46,12 @@ def test_int8_from_a_file(tmp_path: Path) -> None:
     assert "QCONV2D" in {op.name for op in decode_artifact(output.read_bytes()).program("predict").ops}
 
 
+def test_adapters_from_the_command_line(tmp_path: Path) -> None:
+    output = tmp_path / "har.evsg"
+    assert main([HAR, "--input", "9x128", "--lora", "2", "--trainable", "head", "-o", str(output)]) == 0
+    assert decode_artifact(output.read_bytes()).manifest["trainable"] == ["head.lora_a", "head.lora_b"]
+
+
 def test_pixels_and_text_are_ports_of_bytes(tmp_path: Path) -> None:
     source = tmp_path / "captioned_model.py"
     source.write_text(

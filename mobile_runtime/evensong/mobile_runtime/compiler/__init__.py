@@ -6,6 +6,7 @@ from evensong.mobile_runtime.compiler.calibrate import PostTrainingInt8
 from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
 from evensong.mobile_runtime.compiler.int8_training import Int8Training
 from evensong.mobile_runtime.compiler.keras_model import KerasModule
+from evensong.mobile_runtime.compiler.lora import LoRA
 from evensong.mobile_runtime.compiler.optimizer import SGD, Adam
 from evensong.mobile_runtime.compiler.qat import QuantizationAwareTraining
 from evensong.mobile_runtime.compiler.structured_pruning import StructuredPruning, prune_channels
@@ -16,6 +17,7 @@ __all__ = [
     "CompiledArtifact",
     "Int8Training",
     "KerasModule",
+    "LoRA",
     "PostTrainingInt8",
     "QuantizationAwareTraining",
     "StructuredPruning",

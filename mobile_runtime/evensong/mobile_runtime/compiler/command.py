@@ -19,6 +19,7 @@ from torch import nn
 from evensong.mobile_runtime.compiler.calibrate import PostTrainingInt8
 from evensong.mobile_runtime.compiler.compile import CompiledArtifact, compile
 from evensong.mobile_runtime.compiler.int8_training import Int8Training
+from evensong.mobile_runtime.compiler.lora import LoRA
 from evensong.mobile_runtime.compiler.optimizer import SGD, Adam, Optimizer
 from evensong.mobile_runtime.errors import CompileError
 from evensong.mobile_runtime.quantization_report import quantization_report
@@ -77,6 +78,12 @@ def run(
             help="Parameters or layers to train: patterns (repeatable), last-N, biases or none; all by default."
         ),
     ] = None,
+    lora: Annotated[
+        int | None, typer.Option(help="Train low-rank adapters of this rank on the layers that --trainable names.")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Their strength times the rank; the rank by default.")
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="Of every optimiser.")] = 0.0,
@@ -110,7 +117,7 @@ def run(
         model,
         examples,
         loss=loss,
-        trainable=trainable[0] if trainable and len(trainable) == 1 else trainable,
+        trainable=_trainable(trainable, lora, lora_alpha),
         quantize=_quantization(calibration, int8_training),
         optimizer=_optimizer(optimizer, momentum, weight_decay),
         batch_size=batch_size,
@@ -202,6 +209,12 @@ def _optimizer(kind: str, momentum: float, weight_decay: float) -> Optimizer:
     if kind not in ("adam", "adamw") or momentum:
         raise CompileError("unknown optimiser", expected="sgd (with --momentum), adam or adamw", got=kind)
     return Adam(weight_decay=weight_decay, decoupled=kind == "adamw")
+
+
+def _trainable(names: list[str] | None, rank: int | None, alpha: float | None) -> Sequence[str] | str | LoRA | None:
+    if rank is not None:
+        return LoRA(rank, alpha, targets=names or ["*"])
+    return names[0] if names and len(names) == 1 else names
 
 
 def _bytes(text: str) -> int:

@@ -23,6 +23,7 @@ from evensong.mobile_runtime.compiler.int8_training import Int8State, Int8Traini
 from evensong.mobile_runtime.compiler.ir import Graph, Value
 from evensong.mobile_runtime.compiler.keras_model import KerasModule, is_keras_model
 from evensong.mobile_runtime.compiler.layout import arrange
+from evensong.mobile_runtime.compiler.lora import LoRA
 from evensong.mobile_runtime.compiler.losses import add_loss, loss_name
 from evensong.mobile_runtime.compiler.lowering import Forward, lower
 from evensong.mobile_runtime.compiler.optimizer import SGD, Optimizer, apply_optimizer
@@ -51,7 +52,7 @@ def compile(
     example_inputs: Example | Sequence[Example],
     *,
     loss: str | nn.Module = "cross_entropy",
-    trainable: Sequence[str] | str | None = None,
+    trainable: Sequence[str] | str | LoRA | None = None,
     quantize: PostTrainingInt8 | QuantizationAwareTraining | Int8Training | None = None,
     optimizer: Optimizer | None = None,
     batch_size: int = 32,
@@ -68,7 +69,8 @@ def compile(
         example_inputs: one array ``[n, ...]`` for each input, with ``n >= 1``; only shapes and dtypes count.
         loss: ``"cross_entropy"`` (int32 labels), ``"mse"`` or ``"bce"`` (float32 targets), or the ``torch.nn`` loss.
         trainable: what to train: None takes those with ``requires_grad``; patterns of parameters or layers like
-            ``["head.*"]``; ``"last-3"`` the last three layers that have parameters; ``"biases"``; ``"none"``.
+            ``["head.*"]``; ``"last-3"`` the last three layers that have parameters; ``"biases"``; ``"none"``; or
+            low-rank adapters, :class:`LoRA`.
         quantize: :class:`PostTrainingInt8` runs what is frozen in int8; with nothing trainable, the whole model. A
             :class:`QuantizationAwareTraining` does so with the weights that it has trained. :class:`Int8Training`
             also trains in int8.
@@ -92,6 +94,8 @@ def compile(
     int8_settings = quantize if isinstance(quantize, Int8Training) else None
     if int8_settings is not None:
         model = fold_batch_norms(model, trace(model, examples, training=False))
+    if isinstance(trainable, LoRA):
+        model, trainable = trainable.adapt(model)
 
     # 1. trace the model in each mode, 2. lower each trace to engine operations
     inference = trace(model, examples, training=False)

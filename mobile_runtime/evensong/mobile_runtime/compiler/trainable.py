@@ -35,12 +35,12 @@ def trainable_names(model: nn.Module, trainable: Sequence[str] | str | None, tra
         return [name for name in parameters if _layer(name) in layers]
     patterns = [trainable] if isinstance(trainable, str) else list(trainable)
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in parameters):
+        if not any(matches(name, pattern) for name in parameters):
             raise CompileError(f"no parameter matches {pattern!r}", expected=f"one of {', '.join(parameters)}")
-    return [name for name in parameters if any(_matches(name, pattern) for pattern in patterns)]
+    return [name for name in parameters if any(matches(name, pattern) for pattern in patterns)]
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     """Whether ``pattern`` fits a parameter, its layer, or a module around that."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:length]), pattern) for length in range(1, len(parts) + 1))
