@@ -33,6 +33,7 @@ PUBLIC_NAMES = {
     "ExampleError",
     "Int8Training",
     "KerasModule",
+    "LoRA",
     "MemoryReport",
     "OperationTime",
     "PostTrainingInt8",
