@@ -20,9 +20,9 @@ from benchmarks.harness import Row, in_turns, wanted
 from benchmarks.int8_training import int8_training
 from benchmarks.products import products
 from benchmarks.runtime_peers import Floats
+from benchmarks.runtime_targets import targets
 from evensong.mobile_runtime import Session, compile, load
 from evensong.mobile_runtime.compiler import PostTrainingInt8, zoo
-from evensong.mobile_runtime.native import library_path
 
 BATCH = 20
 LEARNING_RATE = 0.05
@@ -70,8 +70,7 @@ def run(only: str) -> Iterator[Row]:
             yield inference_int8(name)
     yield from products(only)
     yield from int8_training(MODELS, BATCH, only)
-    if wanted("engine_library_kb", only):
-        yield Row("engine_library_kb", library_path().stat().st_size / 1024, None, "KB", "lower")
+    yield from targets(MODELS, only)
     if wanted("import_client_seconds", only) or wanted("import_client_rss_mb", only):
         yield from import_client()
 

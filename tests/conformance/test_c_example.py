@@ -16,7 +16,10 @@ from evensong.wire.artifact import decode_artifact
 EXAMPLE = REPOSITORY / "mobile_runtime" / "examples" / "c"
 ARTIFACT = EXAMPLE / "spirals.evsg"
 
-ANDROID_C_LIBRARY = {"calloc", "free", "getauxval", "memcmp", "memcpy", "memset", "snprintf", "strcmp", "vsnprintf"}
+ANDROID_C_LIBRARY = {
+    *("calloc", "free", "getauxval", "snprintf", "vsnprintf"),
+    *("memcmp", "memcpy", "memmove", "memset", "strcmp"),
+}
 PAGE_BYTES = 16384  # of Android from version 15 on
 
 

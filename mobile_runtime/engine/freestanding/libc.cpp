@@ -67,6 +67,7 @@ int snprintf(char* text, size_t capacity, const char* format, ...) {
 
 // The compiler makes one instruction of each: these are for calls by name.
 void* memcpy(void* to, const void* from, size_t size) { return __builtin_memcpy(to, from, size); }
+void* memmove(void* to, const void* from, size_t size) { return __builtin_memmove(to, from, size); }
 void* memset(void* to, int value, size_t size) { return __builtin_memset(to, value, size); }
 
 int memcmp(const void* a, const void* b, size_t size) {

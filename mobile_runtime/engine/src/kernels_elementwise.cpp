@@ -186,7 +186,7 @@ Fault mul(const Call& call) {
 
 // The larger of sign * a and sign * b, times sign; NaN on either side is kept.
 Fault extremum(const Call& call, float sign) {
-    return binary(call, [=](Floats a, Floats b) { return (sign * a > sign * b) | (a != a) ? a : b; });
+    return binary(call, [=](Floats a, Floats b) { return ((sign * a > sign * b) | (a != a)) ? a : b; });
 }
 Fault larger_of(const Call& call) { return extremum(call, 1.0f); }
 Fault smaller_of(const Call& call) { return extremum(call, -1.0f); }

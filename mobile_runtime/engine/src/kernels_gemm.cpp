@@ -75,8 +75,13 @@ constexpr Tile<Left> tile_of() {
 }
 
 template <class Left>
-constexpr Tile<Left> kTiles[] = {tile_of<Left, kTileRows>(), tile_of<Left, kTileRows / 3 * 2>(),
-                                 tile_of<Left, kTileRows / 3>(), tile_of<Left, 2>(), tile_of<Left, 1>()};
+constexpr Tile<Left> kTiles[] = {
+    tile_of<Left, kTileRows>(),
+#if !defined(__wasm__)  // a module is to be small
+    tile_of<Left, kTileRows / 3 * 2>(),
+#endif
+    tile_of<Left, kTileRows / 3>(),     tile_of<Left, 2>(), tile_of<Left, 1>(),
+};
 
 // All rows of one panel: out[row][out_column + j] for the panel's columns j < `columns`. A tile that is whole and gets
 // neither bias nor activation goes straight to its place, any other through a buffer.

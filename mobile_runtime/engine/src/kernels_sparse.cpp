@@ -72,6 +72,10 @@ constexpr Width width_of() {
 constexpr Width kWidths[] = {
 #if EVENSONG_LANES == 16
     width_of<16>(), width_of<10>(), width_of<8>(), width_of<4>(), width_of<3>(), width_of<2>(), width_of<1>(),
+#elif defined(__wasm__)
+    width_of<12>(),
+    width_of<4>(),
+    width_of<1>(),  // a module is to be small
 #else
     width_of<12>(), width_of<10>(), width_of<6>(), width_of<4>(), width_of<2>(), width_of<1>(),
 #endif

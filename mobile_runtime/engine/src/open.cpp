@@ -229,7 +229,7 @@ evensong_status evensong_open_on(const char* instruction_set, const void* bytes,
     if (larger(description, regions) > SIZE_MAX / 2) return fail_without_memory(&report);
     void* memory = calloc(1, size_t(description));
     if (!memory) return fail_without_memory(&report);
-    evensong_engine* opened;
+    evensong_engine* opened = nullptr;
     evensong_status status = describe(request, isa, memory, size_t(description), &opened, &report);
     if (status == EVENSONG_OK) {
         opened->owned_regions = calloc(1, size_t(regions));
@@ -277,7 +277,7 @@ evensong_status evensong_open_in(void* memory, size_t memory_size, const char* i
                            static_cast<unsigned long long>(needed), memory_size);
     }
     memset(memory, 0, size_t(needed));
-    evensong_engine* opened;
+    evensong_engine* opened = nullptr;
     if (evensong_status status = describe(request, isa, memory, size_t(description), &opened, &report)) return status;
     place_regions(request, static_cast<char*>(memory) + description, opened);
     opened->held_bytes = size_t(needed);

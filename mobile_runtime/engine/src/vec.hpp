@@ -27,6 +27,13 @@
 
 #define EVENSONG_INLINE static inline __attribute__((always_inline))
 
+// Longer functions of one vector: calls, where code is to be small first.
+#if defined(EVENSONG_SMALL) || defined(__wasm__)
+#define EVENSONG_FUNCTION __attribute__((noinline, unused)) static
+#else
+#define EVENSONG_FUNCTION EVENSONG_INLINE
+#endif
+
 // Before a loop of a few fixed rounds over an array of vectors: unrolled, so that the array lives in registers.
 #if defined(__clang__)
 #define EVENSONG_UNROLL _Pragma("clang loop unroll(full)")

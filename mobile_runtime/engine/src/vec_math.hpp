@@ -36,7 +36,7 @@ EVENSONG_INLINE Floats expm1_reduced(Floats r) {
 }
 
 // e^(x + low), where `low` is a small correction that x was too coarse to hold.
-EVENSONG_INLINE Floats exponential(Floats x, Floats low = Floats{}) {
+EVENSONG_FUNCTION Floats exponential(Floats x, Floats low = Floats{}) {
     x = x > 89.0f ? splat(89.0f) : x;  // infinity from here on; NaN passes both comparisons
     x = x < -104.0f ? splat(-104.0f) : x;
     ReducedExponent e = reduce_exponent(x);
@@ -44,10 +44,10 @@ EVENSONG_INLINE Floats exponential(Floats x, Floats low = Floats{}) {
     return (1.0f + expm1_reduced(e.r + low)) * power_of_two(half) * power_of_two(e.n - half);
 }
 
-EVENSONG_INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+EVENSONG_FUNCTION Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // tanh x = (e^2x - 1) / (e^2x + 1), with e^2x - 1 kept accurate near zero.
-EVENSONG_INLINE Floats hyperbolic_tangent(Floats x) {
+EVENSONG_FUNCTION Floats hyperbolic_tangent(Floats x) {
     Floats magnitude = absolute(x);
     magnitude = magnitude > 10.0f ? splat(10.0f) : magnitude;
     ReducedExponent e = reduce_exponent(magnitude + magnitude);
@@ -57,7 +57,7 @@ EVENSONG_INLINE Floats hyperbolic_tangent(Floats x) {
 }
 
 // e^(-x^2 / 2). Squaring loses the bits that matter for large x: the part of x below 12 bits goes in as a correction.
-EVENSONG_INLINE Floats bell(Floats x) {
+EVENSONG_FUNCTION Floats bell(Floats x) {
     x = absolute(x);
     x = x > 20.0f ? splat(20.0f) : x;  // zero from 14.5 on
     Floats coarse = Floats(Ints(x) & int32_t(0xfffff000));
@@ -65,7 +65,7 @@ EVENSONG_INLINE Floats bell(Floats x) {
 }
 
 // P(Z > a) for a standard normal Z and a >= 0, given bell(a): erfc(a / sqrt 2) / 2 without the cancellation of 1 - erf.
-EVENSONG_INLINE Floats normal_upper_tail(Floats a, Floats bell_of_a) {
+EVENSONG_FUNCTION Floats normal_upper_tail(Floats a, Floats bell_of_a) {
     Floats t = 1.0f / (1.0f + 0.3f * a);
     Floats p = splat(3.837837180e-02f);
     p = p * t - 1.691665009e-01f;
@@ -80,7 +80,7 @@ EVENSONG_INLINE Floats normal_upper_tail(Floats a, Floats bell_of_a) {
 }
 
 // log(1 + x) for 0 <= x <= 1, accurate in the relative sense: 2 atanh(x / (2 + x)).
-EVENSONG_INLINE Floats log1p_of_unit(Floats x) {
+EVENSONG_FUNCTION Floats log1p_of_unit(Floats x) {
     Floats s = x / (2.0f + x);
     Floats z = s * s;
     Floats tail = 1.071445547e-01f + z * 1.214829992e-01f;

@@ -37,6 +37,8 @@ HEADER_BYTES = 64
 MAX_ARTIFACT_BYTES = 1 << 31
 MOST_PROGRAMS, MOST_VARIABLES, MOST_TENSORS, MOST_OPS = 32, 1 << 14, 1 << 18, 1 << 16  # each program's own
 
+_DTYPES, _REGIONS = {int(dtype): dtype for dtype in DType}, {int(region): region for region in Region}
+
 _HEADER = struct.Struct("<4sHHQII")  # magic, major, minor, file bytes, CRC32C of all after the header, sections
 _SECTION = struct.Struct("<IIQQ")  # kind, zero, offset, bytes
 
@@ -242,12 +244,12 @@ def _read_program(cursor: Cursor, persistent: dict[Region, int]) -> Program:
 def _read_tensor(
     cursor: Cursor, program: str, max_batch: int, limits: dict[Region, int], inputs: int, outputs: int
 ) -> Tensor:
-    dtype, region_code, rank, batched = (cursor.u8() for _ in range(4))
+    dtype, region_code, rank, batched = cursor.unpack("4B")
     if region_code > Region.OUTPUT or rank > MAX_RANK or batched > 1:
         raise ArtifactError(f"a tensor of {program!r} has a bad header", got=(dtype, region_code, rank, batched))
-    dims = tuple(cursor.u32() for _ in range(rank))
-    region = Region(region_code)
-    tensor = Tensor(_dtype(dtype), region, dims, cursor.u64(), bool(batched), cursor.f32(), cursor.i32())
+    *sizes, offset, scale, zero_point = cursor.unpack(f"{rank}IQfi")
+    dims, region = tuple(sizes), _REGIONS[region_code]
+    tensor = Tensor(_dtype(dtype), region, dims, offset, bool(batched), scale, zero_point)
     if batched and (not rank or dims[0] % max_batch or region in (Region.CONST, Region.STATE, Region.SLOTS)):
         raise ArtifactError(f"a batched tensor of {program!r} does not divide by its batch", got=dims)
     what = f"a tensor of {program!r}"
@@ -261,7 +263,7 @@ def _read_tensor(
 
 
 def _read_op(cursor: Cursor, program: str, tensors: int) -> Op:
-    code, n_inputs, n_outputs, n_attrs, zero = cursor.u16(), *(cursor.u8() for _ in range(4))
+    code, n_inputs, n_outputs, n_attrs, zero = cursor.unpack("H4B")
     name = OP_NAMES.get(code)
     if name is None or zero:
         raise ArtifactError(
@@ -276,10 +278,10 @@ def _read_op(cursor: Cursor, program: str, tensors: int) -> Op:
         raise ArtifactError(
             f"{name} in {program!r} has the wrong number of operands", got=(n_inputs, n_outputs, n_attrs)
         )
-    operands = tuple(cursor.u32() for _ in range(n_inputs + n_outputs))
+    operands = cursor.unpack(f"{n_inputs + n_outputs}I")
     if any(operand >= tensors for operand in operands):
         raise ArtifactError(f"{name} in {program!r} names a tensor that does not exist", got=operands)
-    attrs = tuple(cursor.f32() if attr.endswith(":f") else cursor.i32() for attr in spec.attrs)
+    attrs = cursor.unpack("".join(attr[-1] for attr in spec.attrs))  # i or f
     return Op(name, operands[:n_inputs], operands[n_inputs:], attrs)
 
 
@@ -288,10 +290,9 @@ def _required(names: tuple[str, ...]) -> int:
 
 
 def _dtype(code: int) -> DType:
-    try:
-        return DType(code)
-    except ValueError:
-        raise ArtifactError("unknown dtype", expected="1 to 4", got=code) from None
+    if code not in _DTYPES:
+        raise ArtifactError("unknown dtype", expected="1 to 4", got=code)
+    return _DTYPES[code]
 
 
 def _check_place(what: str, size: int, offset: int, limit: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from evensong.wire.errors import CorruptError
 
@@ -32,7 +33,7 @@ class Cursor:
         self.offset += count
         return part
 
-    def unpack(self, layout: str) -> tuple[int | float, ...]:
+    def unpack(self, layout: str) -> tuple[Any, ...]:
         """Values of a :mod:`struct` layout, always little-endian."""
         layout = "<" + layout
         return struct.unpack(layout, self.take(struct.calcsize(layout)))
